@@ -1,0 +1,800 @@
+"""Train a GAN on 128x128 faces with the CSPup generator, end to end, in this one file.
+
+The generator is a known course scheme: blocks that send the halves of their channels down two branches, as CSPNet
+does (Wang et al. 2020), and double the picture. The discriminator is DCGAN's (Radford et al. 2016).
+
+    python cspup128.py --width 16 --batch-size 32 --steps 600        # drawn faces, no data needed
+    python cspup128.py --data celeba --epochs 20                     # CelebA, on a GPU
+    python cspup128.py --generate 64 --checkpoint runs/cspup128/models.pth --save faces.png
+"""
+# %% Imports
+import argparse, copy, functools, hashlib, io, itertools, json, math, os, random, signal, sys, time, zipfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageOps
+from torch import nn
+from tqdm.auto import tqdm
+
+SCRIPT, SIZE, CHANNELS, Z = "cspup128", 128, 3, 100
+SCHEMES = {  # the recipe found to converge, and the slides with nothing added; a flag given by hand wins
+    "stable": dict(loss="logits", d_norm="batch", slope=0.2),
+    "exact": dict(loss="bce", d_norm="none", slope=0.0),
+}
+
+# %% Networks
+class CSPup(nn.Module):
+    """Halves a, b (N,C/2,H,W each) to two branches (N,c_out,2H,2W each; `first`: 1x1 to 4x4), for a seam to add.
+
+    The 3x3 convolutions are padded by 1. The version of this block that circulates pads them by 0: its right branch
+    ends four pixels short of the left one, and the sum of the two fails. `norm`: batch norm before each activation.
+    """
+    def __init__(self, c_in, c_out, slope, norm, first=False):
+        super().__init__()
+        half, up = c_in // 2, (4, 1, 0) if first else (4, 2, 1)  # kernel, stride, padding
+        activate = functools.partial(BatchNormLeakyReLU, slope=slope) if norm else lambda c: nn.LeakyReLU(slope)
+        self.left = nn.ConvTranspose2d(half, c_out, *up, bias=False)
+        self.right = nn.Sequential(
+            nn.Conv2d(half, half, 1), activate(half), nn.ConvTranspose2d(half, c_out, *up, bias=False),
+            nn.Conv2d(c_out, c_out, 3, padding=1), activate(c_out), nn.Conv2d(c_out, c_out, 3, padding=1))
+
+    def forward(self, a, b):
+        return self.left(a), self.right(b)
+
+class Generator(nn.Module):
+    """z (N,100) to pictures (N,3,128,128) in [-1, 1]; `width`: channels of the last block, 64 on the slide.
+
+    The slide ends in a ReLU, which cannot reach [-1, 0); this ends in Tanh.
+    """
+    def __init__(self, width=64, slope=0.2, norm=True):
+        super().__init__()
+        channels = [Z] + [width << i for i in (4, 3, 2, 1, 0)]
+        self.blocks = nn.ModuleList(CSPup(*pair, slope, norm, pair[0] == Z) for pair in zip(channels, channels[1:]))
+        self.seams = nn.ModuleList(SplitAdd(c, slope, norm, split=c > width) for c in channels[1:])
+        self.picture = nn.ConvTranspose2d(width, CHANNELS, 4, 2, 1)
+
+    def forward(self, z):
+        x = z[:, :, None, None].chunk(2, dim=1)  # 2 of N,50,1,1
+        for block, seam in zip(self.blocks, self.seams):
+            x = seam(*block(*x))  # 2 of N,512,4,4; N,256,8,8; N,128,16,16; N,64,32,32; at last N,64,64,64
+        return torch.tanh(self.picture(x))  # N,3,128,128
+
+class Discriminator(nn.Module):
+    """Pictures (N,3,128,128) to logits (N): `convs` 4x4 stride-2 convolutions, then a valid one over what is left.
+
+    norm: "batch" from the second convolution on, as DCGAN has it; "spectral" (Miyato et al. 2018); "none".
+    """
+    def __init__(self, width=64, convs=5, norm="batch"):
+        super().__init__()
+        channels, layers = [CHANNELS] + [width << i for i in range(convs)], []
+        wrap = nn.utils.parametrizations.spectral_norm if norm == "spectral" else lambda layer: layer
+        for c_in, c_out in zip(channels, channels[1:]):
+            normalised = norm == "batch" and c_in != CHANNELS
+            layers.append(wrap(nn.Conv2d(c_in, c_out, 4, 2, 1)))
+            layers.append(BatchNormLeakyReLU(c_out, slope=0.2) if normalised else nn.LeakyReLU(0.2))
+        self.layers = nn.Sequential(*layers, wrap(nn.Conv2d(channels[-1], 1, SIZE >> convs)))
+
+    def forward(self, x):
+        return self.layers(x).flatten()  # N,64,64,64; N,128,32,32; N,256,16,16; N,512,8,8; N,1024,4,4; N
+
+def make_networks(args):
+    """(generator, discriminator) on the CPU; weights N(0, 0.02) and batch norm N(1, 0.02), or PyTorch's own for exact."""
+    stable = args.scheme == "stable"
+    g, d = Generator(args.width, args.slope, stable), Discriminator(args.width, args.d_convs, args.d_norm)
+    for module in itertools.chain(g.modules(), d.modules()) if stable else ():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
+            nn.init.normal_(module.weight, float(isinstance(module, nn.BatchNorm2d)), 0.02)
+    return g, d
+
+# %% Losses and one training step
+def bce(logit, target):
+    """nn.BCELoss of the sigmoids of logits (N) against one target, 0 or 1."""
+    return F.binary_cross_entropy(logit.sigmoid(), torch.full_like(logit, target))
+
+LOSSES = {  # name: (the discriminator's from its logits of real and fake; the generator's from those of fake)
+    "bce": (lambda real, fake: bce(real, 1) + bce(fake, 0), lambda fake: bce(fake, 1)),
+    "logits": (lambda real, fake: (F.softplus(-real) + F.softplus(fake)).mean(), lambda fake: F.softplus(-fake).mean()),
+    "hinge": (lambda real, fake: (F.relu(1 - real) + F.relu(1 + fake)).mean(), lambda fake: -fake.mean()),
+}
+
+def train_step(nets, args, inputs, train_d=True):
+    """One iteration: the discriminator if `train_d`, the generator, its average. It never waits for the device.
+
+    inputs: real, uint8 N,128,128,3; z, N,100; uniform, N,8 in [0, 1), for flips and augmentation; the average's
+    weight, 0-d. Adds loss_d, loss_g, d_real, d_fake to nets.sums; of a discriminator that rests, the last ones.
+    """
+    real, z, uniform, weight = inputs
+    view = functools.partial(augment, uniform=uniform) if args.augment == "on" else lambda x: x
+    real, (loss_of_d, loss_of_g) = view(to_float(real, uniform, args.flip)), LOSSES[args.loss]  # N,3,128,128
+    with nets.autocast():
+        fake = nets.G(z)
+    if train_d:
+        nets.D.requires_grad_(True)
+        with nets.autocast():
+            real_logit, fake_logit = nets.D(real).float(), nets.D(view(fake.detach())).float()
+        loss = loss_of_d(real_logit, fake_logit)
+        optimise(nets, loss, nets.opt_d)
+        nets.last[0], nets.last[2] = loss.detach(), real_logit.detach().sigmoid().mean()
+    nets.D.requires_grad_(False)
+    with nets.autocast():
+        fake_logit = nets.D(view(fake)).float()
+    loss = loss_of_g(fake_logit)
+    optimise(nets, loss, nets.opt_g)
+    nets.last[1], nets.last[3] = loss.detach(), fake_logit.detach().sigmoid().mean()
+    finish_step(nets, weight)
+
+# %% Fused operations, or their PyTorch twins
+# --- shared: fused ---
+gan_ops = None  # the extension, where use_gan_ops has found it
+
+def use_gan_ops(wanted=True):
+    """Look for the extension gan_ops; returns "serves", or why the PyTorch twins below serve in its place."""
+    global gan_ops
+    gan_ops = None
+    try:
+        if wanted:
+            import gan_ops
+    except Exception as error:  # it is not there, or was built for another torch: neither stops a script
+        return f"does not serve: {one_line(error)}; pip install -e . builds it for torch {torch.__version__}"
+    return "serves" if wanted else "does not serve: --no-fused"
+
+class BatchNormLeakyReLU(nn.BatchNorm2d):
+    """`leaky_relu(batch_norm(x), slope)` as one operation; state_dict and evaluation are nn.BatchNorm2d's."""
+    def __init__(self, channels, slope, **options):
+        super().__init__(channels, **options)
+        self.slope = slope
+
+    def forward(self, x):
+        return gan_ops.batch_norm_leaky_relu(self, x) if gan_ops else F.leaky_relu(super().forward(x), self.slope)
+# --- end shared ---
+
+class SplitAdd(BatchNormLeakyReLU):
+    """The seam: adds two branches, batch norm and LeakyReLU if `norm`, cuts into channel halves if `split`."""
+    def __init__(self, channels, slope, norm=True, split=True):
+        super().__init__(channels, slope, affine=norm, track_running_stats=norm)
+        self.norm, self.split = norm, split
+
+    def forward(self, left, right):
+        if gan_ops:
+            return gan_ops.split_add(self, left, right)
+        x = super().forward(left + right) if self.norm else left + right
+        return x.chunk(2, dim=1) if self.split else x
+
+# %% Data
+def draw_picture(index):
+    """Face number `index` of --data synthetic, drawn with Pillow at twice the size: always the same one."""
+    rng, s = random.Random(index), 2 * SIZE
+    image = Image.new("RGB", (s, s), tuple(rng.randint(30, 230) for _ in range(3)))
+    draw, tone, turn = ImageDraw.Draw(image), rng.random(), rng.uniform(-0.12, 0.12)
+    skin, dark = ([int(k * (a + (b - a) * tone)) for a, b in ((95, 255), (58, 219), (40, 186))] for k in (1, 0.75))
+    hair = rng.choice([(25, 20, 18), (72, 45, 26), (122, 82, 45), (196, 160, 96), (130, 126, 124)])
+    x, y, w, h = (s * rng.uniform(*span) for span in ((0.46, 0.54), (0.52, 0.57), (0.21, 0.26), (0.29, 0.34)))
+
+    def oval(dx, dy, rx, ry, colour, shape=draw.ellipse, *angles):  # in half axes of the face, from its middle
+        shape((x + (dx - rx) * w, y + (dy - ry) * h, x + (dx + rx) * w, y + (dy + ry) * h), *angles, fill=tuple(colour))
+
+    oval(0, 1.9, 1.9, 0.9, [rng.randint(20, 220) for _ in range(3)])  # shoulders
+    oval(0, 0.2, 1.35, rng.choice([0.9, 1.35]), hair)
+    oval(0, 0.9, 0.42, 0.5, dark)  # neck
+    oval(0, -0.3, 1.14, 0.9, hair)
+    oval(0, 0, 1, 1, skin)
+    oval(0, -0.35, 1, rng.uniform(0.68, 0.85), hair, draw.pieslice, 180, 360)
+    iris, brow = rng.choice([(60, 40, 25), (50, 90, 140), (70, 110, 60)]), rng.uniform(0.2, 0.27)
+    for side in (turn - 0.42, turn + 0.42):
+        oval(side, -0.1, 0.2, 0.085, (245, 245, 245))
+        oval(side + turn / 3, -0.1, 0.09, 0.08, iris)
+        oval(side, -0.1 - brow, 0.22, 0.03, hair)
+    oval(turn * 1.5, 0.22, 0.13, 0.1, dark)  # nose
+    oval(turn, 0.52, rng.uniform(0.3, 0.46), rng.uniform(0.06, 0.16), (175, 60, 70), draw.chord, 0, 180)
+    return image
+
+# --- shared: data ---
+PICTURES, SYNTHETIC = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"), 4096
+
+class UserError(Exception):
+    """What the user can mend: main prints it as one line and exits with status 2."""
+
+def one_line(error):
+    """The first line of an exception's text, or its type where there is none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+def find_celeba(root):
+    """The aligned CelebA pictures, a folder or .zip: under root, in Kaggle's input folders, or downloaded to root."""
+    places = [Path(root, f"{folder}img_align_celeba{end}") for end in ("", ".zip") for folder in ("celeba/", "")]
+    for depth in ("*", "*/*", "datasets/*/*"):
+        places += Path("/kaggle/input").glob(f"{depth}/img_align_celeba")
+    try:
+        if not any(place.exists() for place in places):
+            torchvision.datasets.CelebA(root, download=True)
+        return next(place for place in places if place.exists())
+    except Exception as error:  # quota, network, a package: whatever it was, the way out is the same
+        raise UserError(
+            f"CelebA is not in {', '.join(map(str, places))} or /kaggle/input/*, and its download failed "
+            f"({one_line(error)}): put img_align_celeba.zip into {Path(root, 'celeba')}") from None
+
+def list_pictures(args):
+    """What --data names, as (name, items, load): items maps a picture's name to a stamp, load(name) opens it."""
+    if args.data == "synthetic":
+        return "synthetic", {i: SYNTHETIC for i in range(SYNTHETIC)}, draw_picture
+    path = find_celeba(args.root) if args.data == "celeba" else Path(args.data).expanduser()
+    if not path.exists():
+        raise UserError(f"there is no {path}: --data takes celeba, synthetic, a folder or a .zip file")
+    if path.is_dir():
+        files = (Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
+        found = {file.relative_to(path).as_posix(): file for file in files}
+        load, stamp = lambda name: Image.open(path / name), lambda file: [file.stat().st_size, file.stat().st_mtime_ns]
+    else:
+        try:
+            archive = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise UserError(f"{path} is no zip file, or cut short ({one_line(error)}): fetch it again") from None
+        found = {info.filename: info for info in archive.infolist()}
+        load, stamp = lambda name: Image.open(io.BytesIO(archive.read(name))), lambda info: info.CRC
+    names = [n for n in sorted(found) if n.lower().endswith(PICTURES) and "__MACOSX" not in n and "/." not in f"/{n}"]
+    folders, wanted = {folder for name in names for folder in name.split("/")[:-1]}, set(args.classes)
+    if wanted - folders:
+        raise UserError(f"{path} has no pictures in {sorted(wanted - folders)}: --classes can be of {sorted(folders)}")
+    items = {name: stamp(found[name]) for name in names if not wanted or wanted & set(name.split("/")[:-1])}
+    if not items:
+        raise UserError(f"{path} holds no pictures: looked for {' '.join(PICTURES)}")
+    return path.stem, items, load
+
+def square(image):
+    """A PIL picture's centre square as uint8 SIZE,SIZE,3, resized with antialiasing; alpha is laid over white."""
+    image.draft("RGB", (2 * SIZE, 2 * SIZE))  # a large JPEG is decoded at a fraction of its size
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):  # 16-bit grey, which convert would clip
+        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    (w, h), side = image.size, min(image.size)
+    box = (w - side) / 2, (h - side) / 2, (w + side) / 2, (h + side) / 2
+    return np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.BICUBIC, box=box))
+
+def load_pack(args):
+    """The pictures of --data as uint8 N,SIZE,SIZE,3, memory-mapped; on first use decoded into <root>/.packed."""
+    name, items, load = list_pictures(args)
+    key = hashlib.sha256(json.dumps([SCRIPT, list(items.items())]).encode()).hexdigest()[:12]
+    path = Path(args.root, ".packed", f"{name}-{SIZE}-{key}.npy")
+    report = path.with_suffix(".left-out.txt")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, lambda part: pack_pictures(part, report, list(items), load))
+    if report.exists():
+        print(f"{len(report.read_text().splitlines())} of {len(items)} pictures cannot be read, left out: see {report}")
+    return np.load(path, mmap_mode="c")  # copy on write, since torch warns of what is read-only
+
+def pack_pictures(path, report, names, load):
+    """Decode the named pictures in threads into the .npy file `path`; write those that cannot be read to `report`."""
+    def decode(name):
+        try:
+            with load(name) as image:
+                return square(image)
+        except Exception as error:  # a broken file can raise anything; the report says what
+            return f"{name}: {one_line(error)}"
+
+    def header(count):  # numpy pads it, so its length does not depend on the count
+        head = dict(descr="|u1", fortran_order=False, shape=(count, SIZE, SIZE, 3))
+        np.lib.format.write_array_header_1_0(file, head)
+
+    Image.MAX_IMAGE_PIXELS, failed = 1 << 27, []
+    with open(path, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+        header(len(names))
+        for start in tqdm(range(0, len(names), 256), desc=f"packing {len(names)} pictures", unit="x 256"):
+            for result in pool.map(decode, names[start : start + 256]):  # few at a time: they do not pile up
+                failed.append(result) if isinstance(result, str) else file.write(result)
+        file.seek(0)
+        header(len(names) - len(failed))
+    if len(failed) == len(names):
+        raise UserError(f"none of the {len(names)} pictures can be read; the first is {failed[0]}")
+    if failed:
+        write(report, lambda part: part.write_text("\n".join(failed) + "\n"))
+
+def batches(pack, args, device, rank, world, step):
+    """Yield this rank's batches after `step`, uint8 B,H,W,C on the device, in an order that follows from seed and epoch.
+
+    A pack that half of the GPU's free memory can hold is moved there; else a thread reads one batch ahead.
+    """
+    data, size, orders = torch.from_numpy(pack), args.batch_size, {}
+    steps = len(data) // (size * world)
+    if device.type == "cuda" and pack.nbytes < torch.cuda.mem_get_info()[0] / 2:
+        data = data.to(device)
+
+    def read(step):
+        epoch, start = step // steps, (step % steps * world + rank) * size
+        if epoch not in orders:
+            orders.clear()
+            generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+            orders[epoch] = torch.randperm(len(data), generator=generator).to(data.device)
+        batch = data[orders[epoch][start : start + size]]
+        return batch.pin_memory() if device.type == "cuda" and not batch.is_cuda else batch
+
+    with ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(read, step)
+        for step in itertools.count(step + 1):
+            now, ahead = ahead, thread.submit(read, step)
+            yield now.result().to(device, non_blocking=True)
+
+def to_float(batch, uniform, flip):
+    """uint8 N,H,W,C to float N,C,H,W (channels_last) in [-1, 1]; if `flip`, half of the pictures are mirrored."""
+    x = batch.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.where(uniform[:, :1, None, None] < 0.5, x.flip(3), x) if flip else x
+
+def augment(x, uniform):
+    """Differentiable augmentation (Zhao et al. 2020) of N,C,H,W by 7 of N,8 uniform numbers: colour, shift, cutout."""
+    (n, _, h, w), u = x.shape, uniform[:, 1:, None, None, None].unbind(1)  # u: 7 of N,1,1,1
+    x = x + (u[0] - 0.5)
+    grey = x.mean(1, keepdim=True)
+    x = (x - grey) * (2 * u[1]) + grey
+    mean = x.mean((1, 2, 3), keepdim=True)
+    x = (x - mean) * (u[2] + 0.5) + mean
+    down, right = torch.arange(h, device=x.device), torch.arange(w, device=x.device)
+    hole = ((down[:, None] / h - u[5]).abs() < 0.25) & ((right / w - u[6]).abs() < 0.25)
+    x = F.pad(x.masked_fill(hole, 0.0), (w // 8, w // 8, h // 8, h // 8))
+    down = down + (u[3].flatten(1) * (2 * (h // 8) + 1)).long()  # N,H
+    right = right + (u[4].flatten(1) * (2 * (w // 8) + 1)).long()  # N,W
+    which = torch.arange(n, device=x.device)[:, None, None]
+    return x[which, :, down[:, :, None], right[:, None]].permute(0, 3, 1, 2)
+# --- end shared ---
+
+# %% Run folder
+# --- shared: run folder ---
+COLUMNS = "step,epoch,seconds,images,loss_d,loss_g,d_real,d_fake".split(",")
+STATE = "G", "D", "ema", "opt_g", "opt_d", "scaler"
+
+def write(path, make):
+    """Have make(part) make a file beside `path`, flush it and rename it: whole, or not at all."""
+    part = path.with_name(f".part-{os.getpid()}-{path.name}")
+    try:
+        make(part)
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+def load_weights(path):
+    """A checkpoint.pt or models.pth of this script, as a dict; code in a pickle does not run."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved["config"]["script"] == SCRIPT:
+            return saved
+        raise ValueError(f"it is of {saved['config']['script']}.py")
+    except Exception as error:  # a missing, cut or foreign file fails in many ways
+        raise UserError(f"{path} is no checkpoint of {SCRIPT}.py that can be read: {one_line(error)}") from None
+
+@torch.no_grad()
+def sample(generator, z):
+    """z (N,Z) to pictures, uint8 N,C,H,W on the CPU, by a generator in evaluation mode."""
+    return generator(z).float().mul(127.5).add(128).clamp(0, 255).byte().cpu()
+
+def to_grid(images, columns=8):
+    """uint8 N,C,H,W as one PIL picture."""
+    return Image.fromarray(torchvision.utils.make_grid(images, columns).permute(1, 2, 0).numpy())
+
+def spread(images):
+    """Mean RMS distance between pairs of pictures, uint8 N,C,H,W, for values in [0, 1]."""
+    flat = images.flatten(1).float() / 255
+    return (torch.pdist(flat).mean() / flat.shape[1] ** 0.5).item()
+
+def draw_run(out, rows, real, fake):
+    """losses.png and scores.png from the rows of metrics.csv, comparison.png, and evolution.gif from samples/."""
+    data, window = np.array(rows, float), max(1, len(rows) // 50)
+    for name, unit, first in ("losses", "loss", 4), ("scores", "mean verdict (1 is real)", 6):
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.subplots()
+        axes.set(title=f"{SCRIPT}: {name} of discriminator and generator", xlabel="step", ylabel=unit)
+        for column, colour in (first, "tab:blue"), (first + 1, "tab:orange"):
+            smooth = np.convolve(data[:, column], np.ones(window) / window, "valid")
+            axes.plot(data[:, 0], data[:, column], color=colour, alpha=0.3)
+            axes.plot(data[window - 1 :, 0], smooth, color=colour, label=COLUMNS[column])
+        axes.legend()
+        write(out / f"{name}.png", figure.savefig)
+    figure = Figure(figsize=(12, 6.4), layout="constrained")
+    for axes, images, title in zip(figure.subplots(1, 2), (real, fake), ("real", "generated")):
+        axes.set(title=title, xticks=[], yticks=[])
+        axes.imshow(to_grid(images))
+    write(out / "comparison.png", figure.savefig)
+    files = sorted((out / "samples").glob("*.png"))
+    files = [files[i] for i in sorted({len(files) * k // 100 for k in range(100)})]  # at most 100
+    first, *rest = (ImageOps.contain(Image.open(file), (512, 512)) for file in files)
+    write(out / "evolution.gif", lambda part: first.save(part, save_all=True, append_images=rest, duration=250, loop=0))
+
+def open_run(args, config, resumed):
+    """Make the run folder and config.json, an earlier run moved aside; returns log(values, step) of --logger."""
+    out = Path(args.out)
+    if not resumed and (out / "checkpoint.pt").exists():
+        aside = next(p for n in itertools.count(1) if not (p := out.with_name(f"{out.name}.{n}")).exists())
+        print(f"{out} holds an earlier run, which is now {out.rename(aside)}")
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+    for part in out.glob(".part-*"):  # of a process that was killed as it wrote
+        part.unlink()
+    write(out / "config.json", lambda part: part.write_text(json.dumps(config, indent=2) + "\n"))
+    try:
+        if args.logger == "wandb":
+            import wandb
+            return wandb.init(project=SCRIPT, dir=out, config=config).log
+        if args.logger == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(out / "tensorboard")
+            return lambda values, step: [writer.add_scalar(name, value, step) for name, value in values.items()]
+    except ImportError as error:
+        raise UserError(f"--logger {args.logger} needs a package ({error}): pip install {args.logger}") from None
+    return lambda values, step: None
+
+def save_run(args, nets, rows, step, seconds):
+    """Write metrics.csv, then checkpoint.pt, which counts on it, then models.pth."""
+    out, state = Path(args.out), {name: getattr(nets, name).state_dict() for name in STATE}
+    write(out / "metrics.csv", lambda part: part.write_text("\n".join(map(",".join, [COLUMNS, *rows])) + "\n"))
+    models = dict(Generator=state["ema"], Discriminator=state["D"], config=dict(vars(args), script=SCRIPT))
+    state.update(models, step=step, seconds=seconds, last=nets.last, sums=nets.sums)
+    write(out / "checkpoint.pt", lambda part: torch.save(state, part))
+    write(out / "models.pth", lambda part: torch.save(models, part))
+
+def restore(args, nets, saved):
+    """Take up a checkpoint; returns its step, its seconds, and the rows of metrics.csv up to there."""
+    for name in STATE:
+        getattr(nets, name).load_state_dict(saved[name])
+    for name in ("last", "sums"):
+        getattr(nets, name).copy_(saved[name])
+    rows = [line.split(",") for line in Path(args.out, "metrics.csv").read_text().split()[1:]]
+    rows = [row for row in rows if int(row[0]) <= saved["step"] and int(row[0]) % LOG_EVERY == 0]
+    return saved["step"], saved["seconds"], rows
+# --- end shared ---
+
+# %% Training
+# --- shared: training ---
+LOG_EVERY = 10  # steps between two readings of the metrics, each of which waits for the device
+
+def pick_device(args):
+    """(device, precision, why) for --device and --precision; UserError for one that cannot be used."""
+    have = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    kind = next(kind for kind in have if have[kind]) if args.device == "auto" else args.device
+    why, version = "as asked" if args.device == kind else "the first here of cuda, mps and cpu", torch.__version__
+    if not have[kind]:
+        raise UserError(f"torch {version} finds no {kind} device: try --device cpu")
+    try:
+        if kind == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            torch.ones(8, device=kind).mul(2).tolist()  # a GPU that this torch has no kernels for fails only here
+    except RuntimeError as error:
+        why = f"torch {version} has no kernels for this GPU ({one_line(error)})"
+        if args.device == kind:
+            raise UserError(f"{why}: try --device cpu") from None
+        kind = "cpu"
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if kind == "cpu" and cpuinfo.exists() else set()
+    bf16 = flags & {"avx512_bf16", "amx_bf16"} or kind == "cuda" and torch.cuda.get_device_capability()[0] >= 8
+    best = "bf16" if bf16 else "fp16" if kind == "cuda" else "fp32"  # the fastest that the hardware has
+    device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+    return device, best if args.precision == "auto" else args.precision, why
+
+def start_processes(device):
+    """(rank, world): (0, 1), or this process's place among those that torchrun started."""
+    if "RANK" in os.environ and not dist.is_initialized():  # the others wait while rank 0 packs the pictures
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=3))
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+def build(args, device, precision):
+    """All that a step changes, on the device: networks, average, optimisers, sums of the metrics."""
+    torch.manual_seed(args.seed)
+    G, D = (net.to(device, memory_format=torch.channels_last) for net in make_networks(args))
+    ema = copy.deepcopy(G).eval().requires_grad_(False)
+    floats = [[t for t in net.state_dict().values() if t.is_floating_point()] for net in (ema, G)]
+    for net in (G, D) if args.compile else ():
+        net.compile()
+    adam = dict(betas=(0.5, 0.999), fused=device.type != "mps", capturable=device.type == "cuda")
+    opt_g, opt_d = (torch.optim.Adam(net.parameters(), lr, **adam) for net, lr in ((G, args.lr), (D, args.d_lr)))
+    dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(precision)
+    autocast = functools.partial(torch.autocast, device.type, dtype or torch.bfloat16, enabled=bool(dtype))
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    last, sums, pairs = torch.zeros(4, device=device), torch.zeros(4, device=device), list(zip(*floats))
+    return argparse.Namespace(**{name: value for name, value in locals().items() if name not in ("args", "floats")})
+
+def optimise(nets, loss, optimiser):
+    """Back-propagate `loss`, average the gradients over the processes, take a step."""
+    optimiser.zero_grad(set_to_none=True)
+    nets.scaler.scale(loss).backward()
+    for parameter in optimiser.param_groups[0]["params"] if dist.is_initialized() else ():
+        dist.all_reduce(parameter.grad.div_(dist.get_world_size()))
+    nets.scaler.step(optimiser)
+
+def finish_step(nets, weight):
+    """Move the averaged generator, batch norm's statistics too, by `weight`; add up the metrics."""
+    nets.scaler.update()
+    nets.sums.add_(nets.last)
+    for average, value in nets.pairs:
+        average.lerp_(value, weight)
+
+def captured(step, wanted):
+    """step(inputs, variant); if wanted, a CUDA graph for each variant, made at its fourth call and then replayed."""
+    if not wanted:
+        return step
+    stream, static, graphs, calls = torch.cuda.Stream(), [], {}, Counter()
+
+    def run(inputs, variant):
+        static.extend([] if static else [tensor.clone() for tensor in inputs])
+        for mine, new in zip(static, inputs):
+            mine.copy_(new)
+        calls[variant] += 1
+        stream.wait_stream(torch.cuda.current_stream())
+        if calls[variant] == 4:
+            graphs[variant] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graphs[variant], stream=stream):
+                step(static, variant)
+        with torch.cuda.stream(stream):
+            graphs[variant].replay() if variant in graphs else step(static, variant)
+        torch.cuda.current_stream().wait_stream(stream)
+    return run
+
+def draws(args, step, device, rank, world):
+    """This rank's share of a step's random numbers, z N,Z and uniform N,8, and the average's weight, 0-d.
+
+    They follow from seed and step alone: no state to save, and two ranks draw what one with twice the batch would.
+    """
+    generator, n = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step), args.batch_size
+    z = torch.randn(n * world, Z, generator=generator, device=device)[n * rank : n * (rank + 1)]
+    uniform = torch.rand(n * world, 8, generator=generator, device=device)[n * rank : n * (rank + 1)]
+    decay = min(args.ema, 0.5 ** (20 / step))  # its half-life is at most 5% of the steps so far
+    return z, uniform, torch.full((), 1 - decay, device=device)
+
+def read_metrics(nets, step, caught, world):
+    """(the means since the last reading by name, whether a signal was caught), over all processes."""
+    sums = torch.cat([nets.sums / ((step - 1) % LOG_EVERY + 1), nets.sums.new_full((1,), len(caught))]) / world
+    if world > 1:
+        dist.all_reduce(sums)
+    if step % LOG_EVERY == 0:
+        nets.sums.zero_()
+    *means, signals = sums.tolist()
+    return dict(zip(COLUMNS[4:], means)), signals > 0
+
+def worries(rows, fake, real):
+    """A line if the discriminator has won; a line if the samples (uint8 64,C,H,W) have become all alike."""
+    if len(rows) >= 20 and all(float(row[6]) - float(row[7]) > 0.95 for row in rows[-20:]):
+        yield "the discriminator has won for 200 steps: a lower --d-lr may help, or --augment on for a small set"
+    if spread(fake) < 0.2 * spread(real):
+        yield "the samples have become all alike: a lower --lr may help, or --augment on for a small set"
+
+def train(args, saved=None):
+    """Train as the arguments say, from the start or from the checkpoint `saved`, into the run folder."""
+    (device, precision, why), fused, out = pick_device(args), use_gan_ops(not args.no_fused), Path(args.out)
+    rank, world = start_processes(device)
+    pack = load_pack(args) if rank == 0 else None
+    if world > 1:
+        dist.barrier()
+    pack = load_pack(args) if pack is None else pack
+    images = args.batch_size * world  # a step
+    steps = len(pack) // images  # an epoch
+    if steps == 0:
+        raise UserError(f"a batch of {images} is more than the {len(pack)} pictures: take a smaller --batch-size")
+    if args.augment == "auto":
+        args.augment = "on" if len(pack) < 10_000 and args.data not in ("celeba", "synthetic") else "off"
+    nets = build(args, device, precision)
+    start, seconds, rows = restore(args, nets, saved) if saved else (0, 0.0, [])
+    last = min(args.epochs * steps, args.steps or sys.maxsize)
+    fixed = torch.randn(64, Z, generator=torch.Generator().manual_seed(args.seed)).to(device)
+    real, warned, caught, stop = torch.from_numpy(pack[:64]).permute(0, 3, 1, 2), set(), [], False
+    if rank == 0:
+        about = dict(pictures=len(pack), processes=world, device=str(device), precision=precision, why=why, gan_ops=fused)
+        print(*(f"{name} {value}" for name, value in about.items()), f"into {out}", sep="; ", flush=True)
+        log = open_run(args, dict(vars(args), **about, torch=torch.__version__, python=sys.version), saved)
+    if rank == 0 and not saved:
+        save_run(args, nets, rows, 0, 0.0)
+    run_step = captured(functools.partial(train_step, nets, args), device.type == "cuda" and precision != "fp16")
+    source, began, saved_at = batches(pack, args, device, rank, world, start), time.monotonic() - seconds, time.monotonic()
+    handlers = {n: signal.signal(n, lambda n, frame: caught.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
+    bar = tqdm(total=last * images, initial=start * images, unit="img", unit_scale=True, disable=rank > 0)
+    for step in range(start + 1, last + 1):
+        run_step((next(source), *draws(args, step, device, rank, world)), step % args.d_every == 0)
+        bar.update(images)
+        epoch, seconds, stop = -(-step // steps), time.monotonic() - began, bool(caught) and world == 1
+        if step % LOG_EVERY == 0 or step == last:
+            values, stop = read_metrics(nets, step, caught, world)
+            rows.append([f"{step}", f"{epoch}", f"{seconds:.2f}", f"{step * images}", *(f"{v:.6g}" for v in values.values())])
+            bar.set_postfix(epoch=epoch, loss_d=f"{values['loss_d']:.3f}", loss_g=f"{values['loss_g']:.3f}")
+            if not all(map(math.isfinite, values.values())):
+                raise UserError(f"the loss at step {step} is not finite, and {out}/checkpoint.pt is from before it: "
+                                "try --resume with --precision fp32, or anew with a lower --lr")
+        if rank == 0 and (step % LOG_EVERY == 0 or step == last):
+            log(values, step)
+        if rank == 0 and (step % steps == 0 or step == last):
+            fake = sample(nets.ema, fixed)
+            write(out / "samples" / f"epoch_{epoch:04d}.png", to_grid(fake).save)
+            for worry in set(worries(rows, fake, real)) - warned:
+                warned.add(worry)
+                bar.write(f"warning: {worry}")
+        if rank == 0 and (stop or step == last or time.monotonic() - saved_at > 60 * args.save_every):
+            save_run(args, nets, rows, step, seconds)
+            saved_at = time.monotonic()
+        if stop:
+            break
+    bar.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if rank == 0 and rows:
+        draw_run(out, rows, real, sample(nets.ema, fixed))
+    if stop:
+        raise SystemExit(f"stopped at step {step} and saved; this goes on: python {SCRIPT}.py --resume --out {out}")
+# --- end shared ---
+
+# %% What a checkpoint is good for
+# --- shared: uses ---
+def sampled(args, saved, count):
+    """Yield uint8 N,C,H,W, `count` pictures in all, by the averaged generator of a checkpoint; they follow from --seed."""
+    device, _, _ = pick_device(args)
+    generator, numbers = load_generator(args, saved).to(device), torch.Generator().manual_seed(args.seed)
+    for start in tqdm(range(0, count, 64), desc="sampling", unit="x 64 pictures"):
+        yield sample(generator, torch.randn(64, Z, generator=numbers)[: count - start].to(device))
+
+def load_generator(args, saved):
+    """The averaged generator of a checkpoint, in evaluation mode."""
+    generator = make_networks(args)[0]
+    generator.load_state_dict(saved["Generator"])
+    return generator.eval().requires_grad_(False)
+
+def generate(args, saved):
+    """--generate: pictures into a .npz, a .png grid or a folder; all but the grid in constant memory."""
+    path, pictures = Path(args.save), sampled(args, saved, args.generate)
+
+    def npz(part):
+        with zipfile.ZipFile(part, "w") as archive, archive.open("images.npy", "w", force_zip64=True) as file:
+            shape = (args.generate, SIZE, SIZE, CHANNELS)
+            np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=shape))
+            for batch in pictures:
+                file.write(batch.permute(0, 2, 3, 1).contiguous().numpy())
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npz":
+        write(path, npz)
+    elif path.suffix == ".png":
+        write(path, to_grid(torch.cat(list(pictures)), math.ceil(args.generate**0.5)).save)
+    else:
+        path.mkdir(exist_ok=True)
+        for i, image in enumerate(itertools.chain.from_iterable(pictures)):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path / f"{i:06d}.png")
+    print(f"{args.generate} pictures: {path}")
+
+def measure(args, saved):
+    """--metrics: FID, KID and Inception score of as many generated pictures as --data has, 10,000 at most."""
+    pack = load_pack(args)
+    count = min(len(pack), 10_000)
+    try:
+        from torchmetrics.image import FrechetInceptionDistance, InceptionScore, KernelInceptionDistance
+        fid, kid, score = FrechetInceptionDistance(), KernelInceptionDistance(subset_size=min(count, 1000)), InceptionScore()
+    except (ImportError, OSError) as error:  # the package, or the network to fetch its weights
+        raise UserError(f"--metrics needs pip install torchmetrics[image] and Inception's weights: {one_line(error)}") from None
+    for start in range(0, count, 64):
+        real = torch.from_numpy(pack[start : min(start + 64, count)]).permute(0, 3, 1, 2)
+        fid.update(real, real=True), kid.update(real, real=True)
+    for fake in sampled(args, saved, count):
+        fid.update(fake, real=False), kid.update(fake, real=False), score.update(fake)
+    print(f"{count} pictures: FID {fid.compute():.2f}, KID {kid.compute()[0]:.4f}, Inception score {score.compute()[0]:.2f}")
+
+def export(args, saved):
+    """--export: the generator as ONNX, z (N,Z) to images (N,C,H,W), compared with torch where onnxruntime is there."""
+    use_gan_ops(False)
+    generator, z = load_generator(args, saved), torch.randn(2, Z)
+    try:
+        names = dict(input_names=["z"], output_names=["images"], dynamic_axes=dict(z={0: "n"}, images={0: "n"}))
+        write(Path(args.export), lambda part: torch.onnx.export(generator, (z,), str(part), dynamo=False, **names))
+        import onnxruntime
+        (theirs,) = onnxruntime.InferenceSession(args.export).run(None, {"z": z.numpy()})
+        print(f"{args.export}: differs from torch by {np.abs(theirs - generator(z).numpy()).max():.1e} at most")
+    except ImportError as error:
+        written = f"{args.export} is written, not checked" if Path(args.export).exists() else "--export needs pip install onnx"
+        print(f"{written} ({error})")
+# --- end shared ---
+
+# %% Command line
+def make_parser():
+    """The command line: this script's own flags, then those of all four."""
+    parser = Parser(prog=f"{SCRIPT}.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--scheme", choices=SCHEMES, default="stable", help="stable is the default recipe, exact the slides and nothing else")
+    add("--width", type=number(1), default=64, help="channels of the generator's last block, the others in proportion (64)")
+    add("--loss", choices=LOSSES, help="bce: BCELoss of sigmoids; logits: BCEWithLogitsLoss (logits; exact: bce)")
+    add("--slope", type=number(0, float), help="of LeakyReLU in CSPup, 0 is ReLU (0.2; exact: 0)")
+    add("--d-norm", choices=("batch", "spectral", "none"), help="in the discriminator (batch; exact: none)")
+    add("--d-convs", type=int, choices=range(1, 6), default=5, help="stride-2 convolutions of the discriminator (5)")
+    add("--d-every", type=number(1), default=1, help="train the discriminator at every k-th step only (1)")
+    # --- shared: flags ---
+    add("--data", default="synthetic", help="celeba, synthetic, a folder or a .zip of pictures (synthetic)")
+    add("--root", default="data", help="folder where named sets are looked for, and pictures kept decoded (data)")
+    add("--classes", nargs="+", default=[], help="only these subfolders of --data")
+    add("--epochs", type=number(1), help="ends the run, if --steps does not before (20; without limit if --steps is given)")
+    add("--steps", type=number(1), help="ends the run, if --epochs does not before")
+    add("--batch-size", type=number(2), default=64, help="pictures a step, in each process (64)")
+    add("--lr", type=number(0, float), default=2e-4, help="Adam's learning rate (2e-4)")
+    add("--d-lr", type=number(0, float), help="the discriminator's (as --lr)")
+    add("--ema", type=number(0, float), default=0.999, help="decay of the averaged generator a step, 0 for none (0.999)")
+    add("--augment", choices=("auto", "on", "off"), default="auto", help="differentiable augmentation; auto: on for a set of one's own under 10,000")
+    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the pictures")
+    add("--seed", type=number(0), default=0, help="of all that is drawn by chance (0)")
+    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="of the convolutions; weights are fp32")
+    add("--no-fused", action="store_true", help="PyTorch's operations even where gan_ops is installed")
+    add("--compile", action="store_true", help="torch.compile the networks")
+    add("--out", default=f"runs/{SCRIPT}", help=f"run folder (runs/{SCRIPT})")
+    add("--save-every", type=number(0, float), default=5.0, help="minutes between checkpoints (5)")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--logger", choices=("tensorboard", "wandb"), help="besides metrics.csv")
+    add("--checkpoint", help="checkpoint.pt or models.pth, for what follows")
+    add("--generate", type=number(1), metavar="N", help="make N pictures and put them into --save")
+    add("--save", default="generated.npz", help="a .npz (images: uint8 N,H,W,C), a .png grid or a folder (generated.npz)")
+    add("--metrics", action="store_true", help="FID, KID and Inception score against --data")
+    add("--export", metavar="FILE.onnx", help="the generator as ONNX")
+    # --- end shared ---
+    return parser
+
+# --- shared: command line ---
+FREE = ("data root epochs steps device precision no_fused compile out save_every resume logger "  # may differ from the
+        "checkpoint generate save metrics export").split()  # checkpoint's
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; --help lists all flags")
+
+def number(low, kind=int):
+    """A type for argparse: a finite number of this kind, `low` or more."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not {low} or more")
+        return value
+    parse.__name__ = "number"
+    return parse
+
+def parse(argv):
+    """(arguments, checkpoint or None). A flag given wins over the checkpoint's, over the scheme's, over the default."""
+    parser = make_parser()
+    defaults, unset = vars(parser.parse_args([])), object()
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset))))
+    given = {name: value for name, value in given.items() if value is not unset}
+    args = argparse.Namespace(**{**defaults, **given})
+    path = Path(args.out, "checkpoint.pt") if args.resume else args.checkpoint
+    if (args.generate or args.metrics or args.export) and not args.checkpoint:
+        raise UserError("--generate, --metrics and --export need --checkpoint FILE")
+    if args.resume and not path.exists():
+        print(f"{path} is not there yet: starting from the beginning")
+        path = None
+    saved = load_weights(path) if path else None
+    kept = saved["config"] if saved else SCHEMES[args.scheme]
+    for name in set(given) - {*FREE, "seed" if args.generate else ""} if saved else ():
+        if given[name] != kept[name]:
+            raise UserError(f"{path} was trained with {name} {kept[name]}, not {given[name]}: leave the flag out")
+    args = argparse.Namespace(**{**defaults, **{k: v for k, v in kept.items() if k in defaults and k not in ()}, **given})
+    args.d_lr = args.d_lr or args.lr
+    args.epochs = args.epochs or (sys.maxsize if args.steps else 20)
+    return args, saved
+
+def main(argv=None):
+    """Run the command line `argv`; in a notebook, where sys.argv is the kernel's, the defaults."""
+    if argv is None and "ipykernel" in sys.modules and not sys.argv[0].endswith(f"{SCRIPT}.py"):
+        argv = []
+    try:
+        args, saved = parse(argv)
+        use = generate if args.generate else measure if args.metrics else export if args.export else train
+        return use(args, saved)
+    except UserError as error:
+        message = error
+    except torch.cuda.OutOfMemoryError:
+        message = "the GPU's memory is too small: take a smaller --batch-size or --width"
+    except OSError as error:
+        message = f"{error.filename or 'a file'} cannot be read or written: {error.strerror or error}"
+    except KeyboardInterrupt:
+        message = "interrupted"
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+if __name__ == "__main__":
+    main()
+# --- end shared ---
