@@ -26,8 +26,8 @@ from tqdm.auto import tqdm
 
 SCRIPT, SIZE, CHANNELS, Z = "cspup128", 128, 3, 100
 SCHEMES = {  # the recipe found to converge, and the slides with nothing added; a flag given by hand wins
-    "stable": dict(loss="logits", d_norm="batch", slope=0.2),
-    "exact": dict(loss="bce", d_norm="none", slope=0.0),
+    "stable": dict(loss="logits", d_norm="batch", slope=0.2, d_lr=4e-4, beta1=0.0),
+    "exact": dict(loss="bce", d_norm="none", slope=0.0, d_lr=2e-4, beta1=0.5),
 }
 
 # %% Networks
@@ -70,25 +70,31 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Pictures (N,3,128,128) to logits (N): `convs` 4x4 stride-2 convolutions, then a valid one over what is left.
 
-    norm: "batch" from the second convolution on, as DCGAN has it; "spectral" (Miyato et al. 2018); "none".
+    norm: "batch" from the second convolution on, as DCGAN has it; "spectral" (Miyato et al. 2018); "none". `spread`
+    shows the last convolution how much the batch differs within itself, as one more channel (Karras et al. 2018).
     """
-    def __init__(self, width=64, convs=5, norm="batch"):
+    def __init__(self, width=64, convs=5, norm="batch", spread=True):
         super().__init__()
         channels, layers = [CHANNELS] + [width << i for i in range(convs)], []
         wrap = nn.utils.parametrizations.spectral_norm if norm == "spectral" else lambda layer: layer
         for c_in, c_out in zip(channels, channels[1:]):
             normalised = norm == "batch" and c_in != CHANNELS
-            layers.append(wrap(nn.Conv2d(c_in, c_out, 4, 2, 1)))
+            layers.append(wrap(nn.Conv2d(c_in, c_out, 4, 2, 1, bias=not normalised)))
             layers.append(BatchNormLeakyReLU(c_out, slope=0.2) if normalised else nn.LeakyReLU(0.2))
-        self.layers = nn.Sequential(*layers, wrap(nn.Conv2d(channels[-1], 1, SIZE >> convs)))
+        self.layers, self.spread = nn.Sequential(*layers), spread
+        self.logit = wrap(nn.Conv2d(channels[-1] + spread, 1, SIZE >> convs))
 
     def forward(self, x):
-        return self.layers(x).flatten()  # N,64,64,64; N,128,32,32; N,256,16,16; N,512,8,8; N,1024,4,4; N
+        x = self.layers(x)  # N,64,64,64; N,128,32,32; N,256,16,16; N,512,8,8; N,1024,4,4
+        if self.spread:
+            deviation = (x.float().var(0, unbiased=False) + 1e-8).sqrt().mean()
+            x = torch.cat([x, deviation.to(x.dtype).expand(len(x), 1, *x.shape[2:])], dim=1)  # N,1025,4,4
+        return self.logit(x).flatten()  # N
 
 def make_networks(args):
-    """(generator, discriminator) on the CPU; weights N(0, 0.02) and batch norm N(1, 0.02), or PyTorch's own for exact."""
+    """(generator, discriminator) on the CPU; DCGAN's weights, N(0, 0.02) and N(1, 0.02), or PyTorch's own for exact."""
     stable = args.scheme == "stable"
-    g, d = Generator(args.width, args.slope, stable), Discriminator(args.width, args.d_convs, args.d_norm)
+    g, d = Generator(args.width, args.slope, stable), Discriminator(args.width, args.d_convs, args.d_norm, stable)
     for module in itertools.chain(g.modules(), d.modules()) if stable else ():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
             nn.init.normal_(module.weight, float(isinstance(module, nn.BatchNorm2d)), 0.02)
@@ -224,12 +230,12 @@ def list_pictures(args):
     """What --data names, as (name, items, load): items maps a picture's name to a stamp, load(name) opens it."""
     if args.data == "synthetic":
         return "synthetic", {i: SYNTHETIC for i in range(SYNTHETIC)}, draw_picture
-    path = find_celeba(args.root) if args.data == "celeba" else Path(args.data).expanduser()
+    path = find_celeba(args.root) if args.data == "celeba" else Path(os.path.expanduser(args.data))
     if not path.exists():
         raise UserError(f"there is no {path}: --data takes celeba, synthetic, a folder or a .zip file")
     if path.is_dir():
         files = (Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
-        found = {file.relative_to(path).as_posix(): file for file in files}
+        found = {file.relative_to(path).as_posix(): file for file in files if file.is_file()}
         load, stamp = lambda name: Image.open(path / name), lambda file: [file.stat().st_size, file.stat().st_mtime_ns]
     else:
         try:
@@ -267,10 +273,10 @@ def load_pack(args):
     path = Path(args.root, ".packed", f"{name}-{SIZE}-{key}.npy")
     report = path.with_suffix(".left-out.txt")
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         write(path, lambda part: pack_pictures(part, report, list(items), load))
     if report.exists():
-        print(f"{len(report.read_text().splitlines())} of {len(items)} pictures cannot be read, left out: see {report}")
+        left_out = len(report.read_text("utf-8").splitlines())
+        print(f"{left_out} of {len(items)} pictures cannot be read and are left out: {report} names them")
     return np.load(path, mmap_mode="c")  # copy on write, since torch warns of what is read-only
 
 def pack_pictures(path, report, names, load):
@@ -297,10 +303,10 @@ def pack_pictures(path, report, names, load):
     if len(failed) == len(names):
         raise UserError(f"none of the {len(names)} pictures can be read; the first is {failed[0]}")
     if failed:
-        write(report, lambda part: part.write_text("\n".join(failed) + "\n"))
+        write(report, lambda part: part.write_text("\n".join(failed) + "\n", "utf-8", "backslashreplace"))
 
 def batches(pack, args, device, rank, world, step):
-    """Yield this rank's batches after `step`, uint8 B,H,W,C on the device, in an order that follows from seed and epoch.
+    """Yield this rank's batches after `step`, uint8 B,H,W,C on the device; their order follows from seed and epoch.
 
     A pack that half of the GPU's free memory can hold is moved there; else a thread reads one batch ahead.
     """
@@ -354,6 +360,7 @@ STATE = "G", "D", "ema", "opt_g", "opt_d", "scaler"
 def write(path, make):
     """Have make(part) make a file beside `path`, flush it and rename it: whole, or not at all."""
     part = path.with_name(f".part-{os.getpid()}-{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         make(part)
         with open(part, "rb+") as file:
@@ -413,6 +420,8 @@ def open_run(args, config, resumed):
     """Make the run folder and config.json, an earlier run moved aside; returns log(values, step) of --logger."""
     out = Path(args.out)
     if not resumed and (out / "checkpoint.pt").exists():
+        if Path.cwd().is_relative_to(out.resolve()):
+            raise UserError(f"{out} holds an earlier run and is where you stand: name another --out")
         aside = next(p for n in itertools.count(1) if not (p := out.with_name(f"{out.name}.{n}")).exists())
         print(f"{out} holds an earlier run, which is now {out.rename(aside)}")
     (out / "samples").mkdir(parents=True, exist_ok=True)
@@ -431,19 +440,35 @@ def open_run(args, config, resumed):
         raise UserError(f"--logger {args.logger} needs a package ({error}): pip install {args.logger}") from None
     return lambda values, step: None
 
+def save_tensors(path, state):
+    """torch.save, all or nothing; OSError where the disk is full, which torch has another name for."""
+    def make(part):
+        with open(part, "wb") as file:
+            torch.save(state, file)
+    try:
+        write(path, make)
+    except RuntimeError as error:
+        raise OSError(f"{path} cannot be written, the one from before is as it was: {one_line(error)}") from None
+
+def save_metrics(out, rows):
+    """Write metrics.csv."""
+    write(out / "metrics.csv", lambda part: part.write_text("\n".join(map(",".join, [COLUMNS, *rows])) + "\n"))
+
 def save_run(args, nets, rows, step, seconds):
     """Write metrics.csv, then checkpoint.pt, which counts on it, then models.pth."""
     out, state = Path(args.out), {name: getattr(nets, name).state_dict() for name in STATE}
-    write(out / "metrics.csv", lambda part: part.write_text("\n".join(map(",".join, [COLUMNS, *rows])) + "\n"))
+    save_metrics(out, rows)
     models = dict(Generator=state["ema"], Discriminator=state["D"], config=dict(vars(args), script=SCRIPT))
     state.update(models, step=step, seconds=seconds, last=nets.last, sums=nets.sums)
-    write(out / "checkpoint.pt", lambda part: torch.save(state, part))
-    write(out / "models.pth", lambda part: torch.save(models, part))
+    save_tensors(out / "checkpoint.pt", state)
+    save_tensors(out / "models.pth", models)
 
 def restore(args, nets, saved):
     """Take up a checkpoint; returns its step, its seconds, and the rows of metrics.csv up to there."""
     for name in STATE:
         getattr(nets, name).load_state_dict(saved[name])
+    for optimiser in (nets.opt_g, nets.opt_d):
+        optimiser.param_groups[0].update(nets.adam)  # as this device wants them, not the one of the checkpoint
     for name in ("last", "sums"):
         getattr(nets, name).copy_(saved[name])
     rows = [line.split(",") for line in Path(args.out, "metrics.csv").read_text().split()[1:]]
@@ -476,7 +501,9 @@ def pick_device(args):
     bf16 = flags & {"avx512_bf16", "amx_bf16"} or kind == "cuda" and torch.cuda.get_device_capability()[0] >= 8
     best = "bf16" if bf16 else "fp16" if kind == "cuda" else "fp32"  # the fastest that the hardware has
     device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
-    return device, best if args.precision == "auto" else args.precision, why
+    if args.precision != "auto":
+        return device, args.precision, why
+    return device, best, f"{why}; {best} is the fastest that it is known to have in hardware"
 
 def start_processes(device):
     """(rank, world): (0, 1), or this process's place among those that torchrun started."""
@@ -492,7 +519,7 @@ def build(args, device, precision):
     floats = [[t for t in net.state_dict().values() if t.is_floating_point()] for net in (ema, G)]
     for net in (G, D) if args.compile else ():
         net.compile()
-    adam = dict(betas=(0.5, 0.999), fused=device.type != "mps", capturable=device.type == "cuda")
+    adam = dict(betas=(args.beta1, 0.999), fused=device.type != "mps", capturable=device.type == "cuda")
     opt_g, opt_d = (torch.optim.Adam(net.parameters(), lr, **adam) for net, lr in ((G, args.lr), (D, args.d_lr)))
     dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(precision)
     autocast = functools.partial(torch.autocast, device.type, dtype or torch.bfloat16, enabled=bool(dtype))
@@ -529,7 +556,7 @@ def captured(step, wanted):
         stream.wait_stream(torch.cuda.current_stream())
         if calls[variant] == 4:
             graphs[variant] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graphs[variant], stream=stream):
+            with torch.cuda.graph(graphs[variant], stream=stream, capture_error_mode="thread_local"):
                 step(static, variant)
         with torch.cuda.stream(stream):
             graphs[variant].replay() if variant in graphs else step(static, variant)
@@ -544,7 +571,7 @@ def draws(args, step, device, rank, world):
     generator, n = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step), args.batch_size
     z = torch.randn(n * world, Z, generator=generator, device=device)[n * rank : n * (rank + 1)]
     uniform = torch.rand(n * world, 8, generator=generator, device=device)[n * rank : n * (rank + 1)]
-    decay = min(args.ema, 0.5 ** (20 / step))  # its half-life is at most 5% of the steps so far
+    decay = min(args.ema, 0.5 ** (10 / step))  # its half-life is at most a tenth of the steps so far
     return z, uniform, torch.full((), 1 - decay, device=device)
 
 def read_metrics(nets, step, caught, world):
@@ -558,10 +585,10 @@ def read_metrics(nets, step, caught, world):
     return dict(zip(COLUMNS[4:], means)), signals > 0
 
 def worries(rows, fake, real):
-    """A line if the discriminator has won; a line if the samples (uint8 64,C,H,W) have become all alike."""
+    """A line if the discriminator has won; another if, 500 steps in, the samples (uint8 N,C,H,W) are all alike."""
     if len(rows) >= 20 and all(float(row[6]) - float(row[7]) > 0.95 for row in rows[-20:]):
         yield "the discriminator has won for 200 steps: a lower --d-lr may help, or --augment on for a small set"
-    if spread(fake) < 0.2 * spread(real):
+    if len(rows) >= 50 and spread(fake) < 0.2 * spread(real):
         yield "the samples have become all alike: a lower --lr may help, or --augment on for a small set"
 
 def train(args, saved=None):
@@ -580,56 +607,66 @@ def train(args, saved=None):
         args.augment = "on" if len(pack) < 10_000 and args.data not in ("celeba", "synthetic") else "off"
     nets = build(args, device, precision)
     start, seconds, rows = restore(args, nets, saved) if saved else (0, 0.0, [])
-    last = min(args.epochs * steps, args.steps or sys.maxsize)
-    fixed = torch.randn(64, Z, generator=torch.Generator().manual_seed(args.seed)).to(device)
-    real, warned, caught, stop = torch.from_numpy(pack[:64]).permute(0, 3, 1, 2), set(), [], False
+    last = min((args.epochs or sys.maxsize) * steps, args.steps or sys.maxsize)
+    about = dict(pictures=len(pack), processes=world, device=str(device), precision=precision, why=why, gan_ops=fused)
     if rank == 0:
-        about = dict(pictures=len(pack), processes=world, device=str(device), precision=precision, why=why, gan_ops=fused)
         print(*(f"{name} {value}" for name, value in about.items()), f"into {out}", sep="; ", flush=True)
-        log = open_run(args, dict(vars(args), **about, torch=torch.__version__, python=sys.version), saved)
+        about.update(torch=torch.__version__, python=sys.version, numpy=np.__version__)
+        log = open_run(args, dict(vars(args), used=about), saved)
     if rank == 0 and not saved:
         save_run(args, nets, rows, 0, 0.0)
     run_step = captured(functools.partial(train_step, nets, args), device.type == "cuda" and precision != "fp16")
-    source, began, saved_at = batches(pack, args, device, rank, world, start), time.monotonic() - seconds, time.monotonic()
+    source, saved_at = batches(pack, args, device, rank, world, start), time.monotonic()
+    began = saved_at - seconds
+    fixed = torch.randn(64, Z, generator=torch.Generator().manual_seed(args.seed)).to(device)
+    real, warned, caught = torch.from_numpy(pack[:64]).permute(0, 3, 1, 2), set(), []
     handlers = {n: signal.signal(n, lambda n, frame: caught.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=last * images, initial=start * images, unit="img", unit_scale=True, disable=rank > 0)
-    for step in range(start + 1, last + 1):
-        run_step((next(source), *draws(args, step, device, rank, world)), step % args.d_every == 0)
-        bar.update(images)
-        epoch, seconds, stop = -(-step // steps), time.monotonic() - began, bool(caught) and world == 1
-        if step % LOG_EVERY == 0 or step == last:
-            values, stop = read_metrics(nets, step, caught, world)
-            rows.append([f"{step}", f"{epoch}", f"{seconds:.2f}", f"{step * images}", *(f"{v:.6g}" for v in values.values())])
-            bar.set_postfix(epoch=epoch, loss_d=f"{values['loss_d']:.3f}", loss_g=f"{values['loss_g']:.3f}")
-            if not all(map(math.isfinite, values.values())):
-                raise UserError(f"the loss at step {step} is not finite, and {out}/checkpoint.pt is from before it: "
-                                "try --resume with --precision fp32, or anew with a lower --lr")
-        if rank == 0 and (step % LOG_EVERY == 0 or step == last):
-            log(values, step)
-        if rank == 0 and (step % steps == 0 or step == last):
-            fake = sample(nets.ema, fixed)
-            write(out / "samples" / f"epoch_{epoch:04d}.png", to_grid(fake).save)
-            for worry in set(worries(rows, fake, real)) - warned:
-                warned.add(worry)
-                bar.write(f"warning: {worry}")
-        if rank == 0 and (stop or step == last or time.monotonic() - saved_at > 60 * args.save_every):
-            save_run(args, nets, rows, step, seconds)
-            saved_at = time.monotonic()
-        if stop:
-            break
-    bar.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    try:
+        for step in range(start + 1, last + 1):
+            run_step((next(source), *draws(args, step, device, rank, world)), step % args.d_every == 0)
+            bar.update(images)
+            epoch, seconds, stop = -(-step // steps), time.monotonic() - began, bool(caught) and world == 1
+            if step % LOG_EVERY == 0 or step == last or stop:
+                values, stop = read_metrics(nets, step, caught, world)
+                row = step, epoch, round(seconds, 2), step * images, *(f"{value:.6g}" for value in values.values())
+                rows.append([str(value) for value in row])
+                bar.set_postfix(epoch=epoch, loss_d=f"{values['loss_d']:.3f}", loss_g=f"{values['loss_g']:.3f}")
+                if rank == 0:
+                    log(values, step)
+                if not all(map(math.isfinite, values.values())):
+                    save_metrics(out, rows) if rank == 0 else None
+                    raise UserError(f"the loss at step {step} is not finite; {out}/checkpoint.pt is from before: try "
+                                    "--resume with --precision fp32, or a new run with a lower --lr")
+            if rank == 0 and (step % steps == 0 or step == last):
+                fake = sample(nets.ema, fixed)
+                write(out / "samples" / f"epoch_{epoch:04d}.png", to_grid(fake).save)
+                for worry in set(worries(rows, fake, real)) - warned:
+                    warned.add(worry)
+                    bar.write(f"warning: {worry}")
+            due = step % LOG_EVERY == 0 and time.monotonic() - saved_at > 60 * args.save_every  # and known to be finite
+            if rank == 0 and (due or stop or step == last):
+                save_run(args, nets, rows, step, seconds)
+                saved_at = time.monotonic()
+            if stop:
+                break
+    finally:
+        bar.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if rank == 0 and rows:
         draw_run(out, rows, real, sample(nets.ema, fixed))
-    if stop:
-        raise SystemExit(f"stopped at step {step} and saved; this goes on: python {SCRIPT}.py --resume --out {out}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if caught:
+        print(f"stopped at step {step} and saved; this goes on: python {SCRIPT}.py --resume --out {out}")
+        raise SystemExit(128 + caught[0])
 # --- end shared ---
 
 # %% What a checkpoint is good for
 # --- shared: uses ---
 def sampled(args, saved, count):
-    """Yield uint8 N,C,H,W, `count` pictures in all, by the averaged generator of a checkpoint; they follow from --seed."""
+    """Yield `count` pictures, uint8 N,C,H,W, by the averaged generator of a checkpoint; they follow from --seed."""
     device, _, _ = pick_device(args)
     generator, numbers = load_generator(args, saved).to(device), torch.Generator().manual_seed(args.seed)
     for start in tqdm(range(0, count, 64), desc="sampling", unit="x 64 pictures"):
@@ -652,46 +689,52 @@ def generate(args, saved):
             for batch in pictures:
                 file.write(batch.permute(0, 2, 3, 1).contiguous().numpy())
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".npz":
         write(path, npz)
     elif path.suffix == ".png":
         write(path, to_grid(torch.cat(list(pictures)), math.ceil(args.generate**0.5)).save)
     else:
-        path.mkdir(exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
         for i, image in enumerate(itertools.chain.from_iterable(pictures)):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(path / f"{i:06d}.png")
     print(f"{args.generate} pictures: {path}")
 
 def measure(args, saved):
     """--metrics: FID, KID and Inception score of as many generated pictures as --data has, 10,000 at most."""
-    pack = load_pack(args)
+    pack, device = load_pack(args), pick_device(args)[0]
     count = min(len(pack), 10_000)
+    if count < 2:
+        raise UserError("--metrics needs two pictures in --data, and better ten thousand")
     try:
         from torchmetrics.image import FrechetInceptionDistance, InceptionScore, KernelInceptionDistance
-        fid, kid, score = FrechetInceptionDistance(), KernelInceptionDistance(subset_size=min(count, 1000)), InceptionScore()
-    except (ImportError, OSError) as error:  # the package, or the network to fetch its weights
-        raise UserError(f"--metrics needs pip install torchmetrics[image] and Inception's weights: {one_line(error)}") from None
-    for start in range(0, count, 64):
-        real = torch.from_numpy(pack[start : min(start + 64, count)]).permute(0, 3, 1, 2)
-        fid.update(real, real=True), kid.update(real, real=True)
-    for fake in sampled(args, saved, count):
-        fid.update(fake, real=False), kid.update(fake, real=False), score.update(fake)
-    print(f"{count} pictures: FID {fid.compute():.2f}, KID {kid.compute()[0]:.4f}, Inception score {score.compute()[0]:.2f}")
+        fid, score = FrechetInceptionDistance().to(device), InceptionScore().to(device)
+        kid = KernelInceptionDistance(subset_size=min(count, 1000)).to(device)
+    except (ImportError, OSError) as error:  # the package, or the network that its weights come by
+        raise UserError(f"--metrics: {one_line(error)}; it needs pip install torchmetrics[image] and, once, "
+                        "a network to fetch Inception's weights") from None
+    for real, fake in zip(torch.from_numpy(pack[:count]).permute(0, 3, 1, 2).split(64), sampled(args, saved, count)):
+        score.update(fake.to(device))
+        for metric in (fid, kid):
+            metric.update(real.to(device), real=True)
+            metric.update(fake.to(device), real=False)
+    values = fid.compute(), *kid.compute(), *score.compute()
+    print("{} pictures: FID {:.2f}, KID {:.4f} +- {:.4f}, Inception score {:.2f} +- {:.2f}".format(count, *values))
 
 def export(args, saved):
     """--export: the generator as ONNX, z (N,Z) to images (N,C,H,W), compared with torch where onnxruntime is there."""
     use_gan_ops(False)
-    generator, z = load_generator(args, saved), torch.randn(2, Z)
+    generator, z, path = load_generator(args, saved), torch.randn(2, Z), Path(args.export)
+    names = dict(input_names=["z"], output_names=["images"], dynamic_axes=dict(z={0: "n"}, images={0: "n"}))
     try:
-        names = dict(input_names=["z"], output_names=["images"], dynamic_axes=dict(z={0: "n"}, images={0: "n"}))
-        write(Path(args.export), lambda part: torch.onnx.export(generator, (z,), str(part), dynamo=False, **names))
-        import onnxruntime
-        (theirs,) = onnxruntime.InferenceSession(args.export).run(None, {"z": z.numpy()})
-        print(f"{args.export}: differs from torch by {np.abs(theirs - generator(z).numpy()).max():.1e} at most")
+        write(path, lambda part: torch.onnx.export(generator, (z,), str(part), dynamo=False, **names))
     except ImportError as error:
-        written = f"{args.export} is written, not checked" if Path(args.export).exists() else "--export needs pip install onnx"
-        print(f"{written} ({error})")
+        raise UserError(f"--export: {one_line(error)}; it needs pip install onnx") from None
+    try:
+        import onnxruntime
+        (theirs,) = onnxruntime.InferenceSession(path).run(None, {"z": z.numpy()})
+        print(f"{path}: differs from torch by {np.abs(theirs - generator(z).numpy()).max():.1e} at most")
+    except ImportError:
+        print(f"{path}: written; onnxruntime is not installed, so it is not compared with torch")
 # --- end shared ---
 
 # %% Command line
@@ -699,8 +742,8 @@ def make_parser():
     """The command line: this script's own flags, then those of all four."""
     parser = Parser(prog=f"{SCRIPT}.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--scheme", choices=SCHEMES, default="stable", help="stable is the default recipe, exact the slides and nothing else")
-    add("--width", type=number(1), default=64, help="channels of the generator's last block, the others in proportion (64)")
+    add("--scheme", choices=SCHEMES, default="stable", help="stable converges; exact is the slides alone (stable)")
+    add("--width", type=number(1), default=64, help="channels of the last block, all others in proportion (64)")
     add("--loss", choices=LOSSES, help="bce: BCELoss of sigmoids; logits: BCEWithLogitsLoss (logits; exact: bce)")
     add("--slope", type=number(0, float), help="of LeakyReLU in CSPup, 0 is ReLU (0.2; exact: 0)")
     add("--d-norm", choices=("batch", "spectral", "none"), help="in the discriminator (batch; exact: none)")
@@ -710,17 +753,19 @@ def make_parser():
     add("--data", default="synthetic", help="celeba, synthetic, a folder or a .zip of pictures (synthetic)")
     add("--root", default="data", help="folder where named sets are looked for, and pictures kept decoded (data)")
     add("--classes", nargs="+", default=[], help="only these subfolders of --data")
-    add("--epochs", type=number(1), help="ends the run, if --steps does not before (20; without limit if --steps is given)")
+    add("--epochs", type=number(1), help="ends the run, if --steps does not before (20, or no limit with --steps)")
     add("--steps", type=number(1), help="ends the run, if --epochs does not before")
     add("--batch-size", type=number(2), default=64, help="pictures a step, in each process (64)")
-    add("--lr", type=number(0, float), default=2e-4, help="Adam's learning rate (2e-4)")
-    add("--d-lr", type=number(0, float), help="the discriminator's (as --lr)")
-    add("--ema", type=number(0, float), default=0.999, help="decay of the averaged generator a step, 0 for none (0.999)")
-    add("--augment", choices=("auto", "on", "off"), default="auto", help="differentiable augmentation; auto: on for a set of one's own under 10,000")
+    add("--lr", type=number(0, float), default=2e-4, help="Adam's learning rate for the generator (2e-4)")
+    add("--d-lr", type=number(0, float), help="and for the discriminator (4e-4; exact: 2e-4)")
+    add("--beta1", type=number(0, float, 1), help="Adam's first beta (0; exact: 0.5)")
+    add("--ema", type=number(0, float), default=0.999, help="decay a step of the averaged generator, 0 is none (0.999)")
+    add("--augment", choices=("auto", "on", "off"), default="auto",
+        help="differentiable augmentation; auto is on for a folder or .zip of less than 10,000 pictures")
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the pictures")
     add("--seed", type=number(0), default=0, help="of all that is drawn by chance (0)")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="of the convolutions; weights are fp32")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="weights stay fp32")
     add("--no-fused", action="store_true", help="PyTorch's operations even where gan_ops is installed")
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--out", default=f"runs/{SCRIPT}", help=f"run folder (runs/{SCRIPT})")
@@ -729,26 +774,26 @@ def make_parser():
     add("--logger", choices=("tensorboard", "wandb"), help="besides metrics.csv")
     add("--checkpoint", help="checkpoint.pt or models.pth, for what follows")
     add("--generate", type=number(1), metavar="N", help="make N pictures and put them into --save")
-    add("--save", default="generated.npz", help="a .npz (images: uint8 N,H,W,C), a .png grid or a folder (generated.npz)")
+    add("--save", default="generated.npz", help=".npz (images: uint8 N,H,W,C), .png (grid) or folder (generated.npz)")
     add("--metrics", action="store_true", help="FID, KID and Inception score against --data")
     add("--export", metavar="FILE.onnx", help="the generator as ONNX")
     # --- end shared ---
     return parser
 
 # --- shared: command line ---
-FREE = ("data root epochs steps device precision no_fused compile out save_every resume logger "  # may differ from the
-        "checkpoint generate save metrics export").split()  # checkpoint's
+FREE = set("""data root epochs steps device precision no_fused compile out save_every resume logger checkpoint generate
+    save metrics export""".split())  # what may differ from the checkpoint's; the other flags must not
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}; --help lists all flags")
 
-def number(low, kind=int):
-    """A type for argparse: a finite number of this kind, `low` or more."""
+def number(low, kind=int, high=2**43):
+    """A type for argparse: a number of this kind from `low` to `high`, by which seeds still count in 64 bits."""
     def parse(text):
         value = kind(text)
-        if not low <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not {low} or more")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
         return value
     parse.__name__ = "number"
     return parse
@@ -761,19 +806,21 @@ def parse(argv):
     given = {name: value for name, value in given.items() if value is not unset}
     args = argparse.Namespace(**{**defaults, **given})
     path = Path(args.out, "checkpoint.pt") if args.resume else args.checkpoint
-    if (args.generate or args.metrics or args.export) and not args.checkpoint:
-        raise UserError("--generate, --metrics and --export need --checkpoint FILE")
     if args.resume and not path.exists():
         print(f"{path} is not there yet: starting from the beginning")
         path = None
     saved = load_weights(path) if path else None
-    kept = saved["config"] if saved else SCHEMES[args.scheme]
-    for name in set(given) - {*FREE, "seed" if args.generate else ""} if saved else ():
+    if bool(args.generate or args.metrics or args.export) != bool(args.checkpoint):
+        raise UserError("--checkpoint goes with --generate, --metrics or --export, they with it; to train on: --resume")
+    kept = dict(saved["config"] if saved else SCHEMES[args.scheme])
+    for name in given.keys() - FREE - {"resume" if args.resume else "seed"} if saved else ():
         if given[name] != kept[name]:
-            raise UserError(f"{path} was trained with {name} {kept[name]}, not {given[name]}: leave the flag out")
-    args = argparse.Namespace(**{**defaults, **{k: v for k, v in kept.items() if k in defaults and k not in ()}, **given})
-    args.d_lr = args.d_lr or args.lr
-    args.epochs = args.epochs or (sys.maxsize if args.steps else 20)
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{path} was trained with {flag} {kept[name]}, not {given[name]}: leave {flag} out")
+    if given.keys() & {"epochs", "steps"}:  # a new end in place of the old one, not besides it
+        kept.update(epochs=None, steps=None)
+    args = argparse.Namespace(**{**defaults, **{name: kept[name] for name in kept.keys() & defaults.keys()}, **given})
+    args.epochs = args.epochs or (None if args.steps else 20)
     return args, saved
 
 def main(argv=None):

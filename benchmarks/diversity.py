@@ -1,0 +1,127 @@
+"""python benchmarks/diversity.py --checkpoint runs/cspup128/models.pth --data celeba --root data
+
+How varied the pictures of a trained generator are, and how like those of --data, without downloaded weights:
+- the mean RMS distance between pairs of 500 pictures, generated and real;
+- the Frechet distance between Gaussians fitted to the pictures averaged down to 16x16 (768 values in [0, 1]);
+- the sliced Wasserstein distance between 7x7 patches of each level of the Laplacian pyramid (Karras et al. 2018).
+Each distance is of --count generated to as many real pictures; its floor is that of other real ones to the same.
+The floor depends on the count, so figures compare at one count only.
+"""
+import argparse, sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import cspup128
+
+PAIRS, LEVELS, PATCH, PATCHES, DIRECTIONS, REPEATS = 500, 4, 7, 32, 128, 1  # PATCHES a picture
+
+
+def pooled(images):
+    """uint8 N,3,128,128 averaged to 16x16, as float64 N,768 in [0, 1]."""
+    parts = [F.avg_pool2d(part.float(), cspup128.SIZE // 16) for part in images.split(256)]
+    return torch.cat(parts).flatten(1).double().div(255).numpy()
+
+
+def frechet(a, b):
+    """The Frechet distance of the Gaussians fitted to the rows of a and b, as FID squares it."""
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    values, vectors = np.linalg.eigh(cov_a)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    trace = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()  # of (cov_a cov_b) ** 0.5
+    return np.square(a.mean(0) - b.mean(0)).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * trace
+
+
+def blur(x):
+    """N,C,H,W under the binomial 5x5 filter, mirrored at the edges."""
+    line = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], device=x.device) / 16
+    kernel = (line[:, None] * line).expand(x.shape[1], 1, 5, 5)
+    return F.conv2d(F.pad(x, (2, 2, 2, 2), "reflect"), kernel, groups=x.shape[1])
+
+
+def pyramid_level(x, level):
+    """One level of the Laplacian pyramid of N,C,H,W; the last of LEVELS is what is left, not a difference."""
+    for _ in range(level):
+        x = blur(x)[..., ::2, ::2]
+    if level == LEVELS - 1:
+        return x
+    up = torch.zeros_like(x)
+    up[..., ::2, ::2] = blur(x)[..., ::2, ::2]
+    return x - 4 * blur(up)
+
+
+def descriptors(images, level, generator, device):
+    """Random 7x7 patches of a pyramid's level, as float N*PATCHES,147, each colour of mean 0 and deviation 1."""
+    parts = []
+    for part in images.split(256):
+        x = pyramid_level(part.to(device).float(), level)
+        y, left = torch.randint(x.shape[2] - PATCH + 1, (2, len(x), PATCHES), generator=generator).to(device)
+        windows = x.unfold(2, PATCH, 1).unfold(3, PATCH, 1)  # N,C,H-6,W-6,7,7
+        parts.append(windows[torch.arange(len(x), device=device)[:, None], :, y, left].flatten(0, 1))
+    patches = torch.cat(parts)  # N*PATCHES,C,7,7
+    deviation, mean = torch.std_mean(patches, (0, 2, 3), correction=0, keepdim=True)
+    return ((patches - mean) / deviation).flatten(1)
+
+
+def sliced_wasserstein(sets, target, generator):
+    """The mean distance of each of `sets` to `target` along random directions, times 1000 as Karras et al. have it."""
+    total = torch.zeros(len(sets), dtype=torch.float64)
+    for _ in range(REPEATS):
+        directions = torch.randn(target.shape[1], DIRECTIONS, generator=generator)
+        directions = F.normalize(directions, dim=0).to(target.device)
+        wanted = (target @ directions).T.sort(1).values
+        for i, rows in enumerate(sets):
+            total[i] += ((rows @ directions).T.sort(1).values - wanted).abs().mean().item()
+    return (1000 * total / REPEATS).tolist()
+
+
+def load(options):
+    """(generated, real, other real, device): uint8 N,3,128,128, drawn by chance from the seed."""
+    flags = ["--checkpoint", options.checkpoint, "--device", options.device, "--seed", str(options.seed)]
+    flags += ["--data", options.data] if options.data else []  # else the checkpoint's own
+    args, saved = cspup128.parse([*flags, "--root", options.root, "--generate", "1"])
+    device, pack = cspup128.pick_device(args)[0], cspup128.load_pack(args)
+    count = min(options.count, len(pack) // 2)
+    if count < options.count:
+        print(f"{len(pack)} pictures are not enough for two sets of {options.count}: taking {count}")
+    order = torch.randperm(len(pack), generator=torch.Generator().manual_seed(options.seed))[: 2 * count].numpy()
+    real, other = torch.from_numpy(pack[order]).permute(0, 3, 1, 2).split(count)
+    return torch.cat(list(cspup128.sampled(args, saved, count))), real, other, device
+
+
+def main():
+    about = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
+    parser.add_argument("--checkpoint", required=True, help="models.pth or checkpoint.pt of a run")
+    parser.add_argument("--data", help="as of cspup128.py (the set the checkpoint was trained on)")
+    parser.add_argument("--root", default="data", help="as of cspup128.py (data)")
+    parser.add_argument("--count", type=int, default=2000, help="pictures in each set (2000)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args()
+    try:
+        fake, real, other, device = load(options)
+    except cspup128.UserError as error:
+        parser.error(str(error))
+    print(f"{options.checkpoint}: {len(fake)} generated pictures against {len(real)} real ones")
+    ours, theirs = cspup128.spread(fake[:PAIRS]), cspup128.spread(real[:PAIRS])
+    print(f"mean RMS distance between pairs of {len(fake[:PAIRS])}: generated {ours:.4f}, real {theirs:.4f}, "
+          f"ratio {ours / theirs:.3f}")
+    values = [pooled(images) for images in (fake, other, real)]
+    print("Frechet distance of 16x16 pixels: generated {:.3f}, floor {:.3f}".format(
+        *(frechet(rows, values[-1]) for rows in values[:-1])))
+    generator, found = torch.Generator().manual_seed(options.seed), []
+    for level in range(LEVELS):
+        *sets, target = (descriptors(images, level, generator, device) for images in (fake, other, real))
+        found.append(sliced_wasserstein(sets, target, generator))
+        print("sliced Wasserstein distance x 1000 at {0}x{0}: generated {1:.2f}, floor {2:.2f}".format(
+            cspup128.SIZE >> level, *found[-1]), flush=True)
+    print("sliced Wasserstein distance x 1000, mean of the levels: generated {:.2f}, floor {:.2f}".format(
+        *np.mean(found, axis=0)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""The marked parts that stand in several scripts: `python tests/shared_parts.py` copies the original over the others.
+
+A part begins with `# --- shared: NAME ---` and ends with `# --- end shared ---`. dcgan.py holds the originals; until
+it stands, cspup128.py does. A script carries the parts that it needs.
+"""
+import re
+import sys
+from pathlib import Path
+
+TOP = Path(__file__).resolve().parents[1]
+SCRIPTS = ("dcgan.py", "cspup128.py", "cgan_residual.py", "fashion_keras_port.py")
+PART = re.compile(r"^( *)# --- shared: ([^\n]+?) ---\n(.*?)^ *# --- end shared ---$", re.DOTALL | re.MULTILINE)
+
+
+def parts(text):
+    """The marked parts of a script's text, by name, each with its markers."""
+    found = {match[2]: match[0] for match in PART.finditer(text)}
+    if len(found) != text.count("# --- shared: ") or len(found) != text.count("# --- end shared ---"):
+        raise ValueError("a shared part has no end, has no beginning, or stands twice")
+    return found
+
+
+def updated(text, originals):
+    """A script's text with each of its marked parts as the original has it; KeyError for a part that it has not."""
+    return PART.sub(lambda match: originals[match[2]], text)
+
+
+def differing(folder=TOP):
+    """(path, text as it should be) of every script in the folder whose marked parts are not the original's."""
+    scripts = [folder / name for name in SCRIPTS if (folder / name).exists()]
+    originals = parts(scripts[0].read_text())
+    for script in scripts[1:]:
+        text = script.read_text()
+        parts(text)
+        if updated(text, originals) != text:
+            yield script, updated(text, originals)
+
+
+if __name__ == "__main__":
+    for path, text in differing():
+        path.write_text(text)
+        print(f"{path.name} updated", file=sys.stderr)
