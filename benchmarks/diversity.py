@@ -5,7 +5,8 @@ How varied the pictures of a trained generator are, and how like those of --data
 - the Frechet distance between Gaussians fitted to the pictures averaged down to 16x16 (768 values in [0, 1]);
 - the sliced Wasserstein distance between 7x7 patches of each level of the Laplacian pyramid (Karras et al. 2018).
 Each distance is of --count generated to as many real pictures; its floor is that of other real ones to the same.
-The floor depends on the count, so figures compare at one count only.
+The floor depends on the count and on how many patches a picture gives (32 here, 128 in that paper), so figures
+compare at one count only, and with this program only.
 """
 import argparse, sys
 from pathlib import Path
