@@ -251,7 +251,7 @@ def test_code_in_a_checkpoint_does_not_run(save, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flag, value, kept", [("width", 8, 4), ("d-convs", 3, 5), ("loss", "hinge", "logits"),
-                                               ("lr", 0.1, 0.0002)])
+                                               ("lr", 0.1, 0.0001)])
 def test_flag_other_than_the_checkpoints(flag, value, kept, trained, tmp_path, capsys):
     use = "--generate", 4, "--checkpoint", trained / "models.pth", "--save", tmp_path / "g.npz"
     line = fails(capsys, *use, f"--{flag}", value)

@@ -3,7 +3,9 @@ import copy
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -166,6 +168,25 @@ def test_gan_ops_is_taken_where_it_is_and_a_broken_one_is_named(monkeypatch, tmp
     finally:
         cspup128.use_gan_ops(False)
         sys.modules.pop("gan_ops", None)
+
+
+def test_a_captured_step_runs_three_times_and_is_replayed_from_then_on(monkeypatch):
+    """The order of calls alone, with stand-ins for CUDA: what a graph computes only a GPU can show."""
+    events = []
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    graph = SimpleNamespace(replay=lambda: events.append("replay"))
+    for name, stand_in in dict(Stream=lambda: stream, current_stream=lambda: stream, CUDAGraph=lambda: graph,
+                               stream=lambda s: nullcontext(), graph=lambda g, **options: nullcontext()).items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    run_step = cspup128.captured(lambda inputs, variant: events.append((inputs[0].item(), variant)), True)
+    first = torch.tensor(1)
+    run_step((first,), True)
+    for number in (2, 3, 4, 5, 6):
+        run_step((torch.tensor(number),), True)
+    run_step((torch.tensor(7),), False)
+    eager = [(1, True), (2, True), (3, True)]
+    assert events == [*eager, (4, True), "replay", "replay", "replay", (7, False)]
+    assert first.item() == 1  # the graph's inputs are its own
 
 
 def run(flags, processes=1):
