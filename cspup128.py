@@ -412,7 +412,7 @@ def draw_run(out, rows, real, fake):
         axes.set(title=title, xticks=[], yticks=[])
         axes.imshow(to_grid(images))
     write(out / "comparison.png", figure.savefig)
-    files = sorted((out / "samples").glob("*.png"))
+    files = sorted((out / "samples").glob("epoch_*.png"))
     files = [files[i] for i in sorted({len(files) * k // 100 for k in range(100)})]  # at most 100
     first, *rest = (ImageOps.contain(Image.open(file), (512, 512)) for file in files)
     write(out / "evolution.gif", lambda part: first.save(part, save_all=True, append_images=rest, duration=250, loop=0))
@@ -426,7 +426,7 @@ def open_run(args, config, resumed):
         aside = next(p for n in itertools.count(1) if not (p := out.with_name(f"{out.name}.{n}")).exists())
         print(f"{out} holds an earlier run, which is now {out.rename(aside)}")
     (out / "samples").mkdir(parents=True, exist_ok=True)
-    for part in out.glob(".part-*"):  # of a process that was killed as it wrote
+    for part in out.rglob(".part-*"):  # of a process that was killed as it wrote
         part.unlink()
     write(out / "config.json", lambda part: part.write_text(json.dumps(config, indent=2) + "\n"))
     try:
