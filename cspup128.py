@@ -8,7 +8,8 @@ does (Wang et al. 2020), and double the picture. The discriminator is DCGAN's (R
     python cspup128.py --generate 64 --checkpoint runs/cspup128/models.pth --save faces.png
 """
 # %% Imports
-import argparse, copy, functools, hashlib, io, itertools, json, math, os, random, signal, sys, time, zipfile
+import argparse, copy, functools, hashlib, importlib.metadata, io, itertools, json, math, os, random, signal, sys, time
+import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -138,18 +139,28 @@ def train_step(nets, args, inputs, train_d=True):
 
 # %% Fused operations, or their PyTorch twins
 # --- shared: fused ---
-gan_ops = None  # the extension, where use_gan_ops has found it
+gan_ops = None  # the extension's operations, where use_gan_ops has found them
 
-def use_gan_ops(wanted=True):
+def use_gan_ops(device, wanted=True):
     """Look for the extension gan_ops; returns "serves", or why the PyTorch twins below serve in its place."""
     global gan_ops
-    gan_ops = None
+    gan_ops, here = None, torch.__version__
+    if not wanted:
+        return "does not serve: --no-fused"
     try:
-        if wanted:
-            import gan_ops
-    except Exception as error:  # it is not there, or was built for another torch: neither stops a script
-        return f"does not serve: {one_line(error)}; pip install -e . builds it for torch {torch.__version__}"
-    return "serves" if wanted else "does not serve: --no-fused"
+        built = importlib.import_module("gan_ops")
+        if built.torch_version != here:
+            raise ImportError("it was built for another torch")
+    except Exception as error:  # it is not there, or cannot be loaded: neither stops a script
+        try:
+            label = importlib.metadata.version("gan-scripts").partition("+torch.")[2]
+        except importlib.metadata.PackageNotFoundError:
+            label = ""
+        return f"does not serve: {one_line(error)} (built for {label or 'no'} torch, this is {here}): pip install -e ."
+    if device.type not in built.devices:
+        return f"does not serve: built without {device.type} ({built.without_cuda or 'it has no such kernels'})"
+    gan_ops = torch.ops.gan_ops
+    return "serves"
 
 class BatchNormLeakyReLU(nn.BatchNorm2d):
     """`leaky_relu(batch_norm(x), slope)` as one operation; state_dict and evaluation are nn.BatchNorm2d's."""
@@ -157,8 +168,18 @@ class BatchNormLeakyReLU(nn.BatchNorm2d):
         super().__init__(channels, **options)
         self.slope = slope
 
+    def norm_arguments(self):
+        """What gan_ops needs besides x; counts the batch, as nn.BatchNorm2d does."""
+        if self.training and self.track_running_stats:
+            self.num_batches_tracked.add_(1)
+        of_batch = self.training or not self.track_running_stats
+        return (self.weight, self.bias, self.running_mean, self.running_var, of_batch, self.momentum, self.eps,
+                self.slope)
+
     def forward(self, x):
-        return gan_ops.batch_norm_leaky_relu(self, x) if gan_ops else F.leaky_relu(super().forward(x), self.slope)
+        if gan_ops:
+            return gan_ops.batch_norm_leaky_relu(x, *self.norm_arguments())
+        return F.leaky_relu(super().forward(x), self.slope)
 # --- end shared ---
 
 class SplitAdd(BatchNormLeakyReLU):
@@ -168,10 +189,14 @@ class SplitAdd(BatchNormLeakyReLU):
         self.norm, self.split = norm, split
 
     def forward(self, left, right):
-        if gan_ops:
-            return gan_ops.split_add(self, left, right)
-        x = super().forward(left + right) if self.norm else left + right
-        return x.chunk(2, dim=1) if self.split else x
+        if gan_ops and self.norm:
+            parts = gan_ops.split_add_batch_norm_leaky_relu(left, right, *self.norm_arguments(), self.split)
+        elif gan_ops:
+            parts = gan_ops.split_add(left, right, self.split)
+        else:
+            x = super().forward(left + right) if self.norm else left + right
+            parts = x.chunk(2 if self.split else 1, dim=1)
+        return parts if self.split else parts[0]
 
 # %% Data
 def draw_picture(index):
@@ -595,7 +620,8 @@ def worries(rows, fake, real):
 
 def train(args, saved=None):
     """Train as the arguments say, from the start or from the checkpoint `saved`, into the run folder."""
-    (device, precision, why), fused, out = pick_device(args), use_gan_ops(not args.no_fused), Path(args.out)
+    (device, precision, why), out = pick_device(args), Path(args.out)
+    fused = use_gan_ops(device, not args.no_fused)
     rank, world = start_processes(device)
     pack = load_pack(args) if rank == 0 else None
     if world > 1:

@@ -91,14 +91,14 @@ def measure(source, step, warm, steps, device):
 def compare(args, options):
     """Run the rounds and print them; returns all figures as a dict."""
     device, precision, _ = cspup128.pick_device(args)
-    cuda, fused = device.type == "cuda", cspup128.use_gan_ops(not args.no_fused)
+    cuda, fused = device.type == "cuda", cspup128.use_gan_ops(device, not args.no_fused)
     warm, steps = 10 if cuda else 1, options.steps or (50 if cuda else 4)  # ours captures its graph at the 4th call
     about = dict(machine(), threads=torch.get_num_threads(), device=str(device), precision=precision, gan_ops=fused,
                  width=args.width, batch=args.batch_size, steps=steps, warm=warm, workers=options.workers)
     print(*(f"{name} {value}" for name, value in about.items()), sep="; ", flush=True)
     sides, rates, waits, peaks = {}, dict(ours=[], usual=[]), dict(ours=[], usual=[]), {}
     for number, name in itertools.product(range(options.rounds), rates):
-        cspup128.use_gan_ops(name == "ours" and not args.no_fused)
+        cspup128.use_gan_ops(device, name == "ours" and not args.no_fused)
         held = torch.cuda.memory_allocated() if cuda else 0
         torch.cuda.reset_peak_memory_stats() if cuda else None
         if number == 0 and name == "ours":
