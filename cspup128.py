@@ -750,7 +750,7 @@ def measure(args, saved):
 
 def export(args, saved):
     """--export: the generator as ONNX, z (N,Z) to images (N,C,H,W), compared with torch where onnxruntime is there."""
-    use_gan_ops(False)
+    use_gan_ops(torch.device("cpu"), False)  # ONNX knows PyTorch's own operations alone
     generator, z, path = load_generator(args, saved), torch.randn(2, Z), Path(args.export)
     names = dict(input_names=["z"], output_names=["images"], dynamic_axes=dict(z={0: "n"}, images={0: "n"}))
     try:
