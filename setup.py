@@ -94,7 +94,8 @@ def make_extension():
     from torch.utils import cpp_extension  # now, since it looks for CUDA_HOME when it is imported
 
     windows = os.name == "nt"
-    flags = ["/O2", "/std:c++20", "/openmp"] if windows else ["-O3", "-std=c++20", "-fvisibility=hidden", "-g0", "-Wno-unknown-pragmas"]
+    flags = ["/O2", "/std:c++20", "/openmp"] if windows else ["-O3", "-std=c++20", "-fvisibility=hidden", "-g0", "-Wno-unknown-pragmas",
+                                                             "-Wno-maybe-uninitialized", "-Wno-psabi"]
     flags += ["-fopenmp"] if sys.platform == "linux" else []
     sets = INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") and not windows else {}
     macros = [("GAN_OPS_TORCH", f'"{torch.__version__}"'), ("GAN_OPS_WITHOUT_CUDA", f'"{reason}"')]

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <numeric>
 #include <type_traits>
@@ -57,22 +58,18 @@ struct Lanes {
 
   static void store(T* to, const Pack& pack, int64_t count) { rounded(pack).store(to, count); }
 
-  // As above, past the caches: they need not read first what is overwritten, and keep what they hold.
-  static void store_past(bool past, T* to, const Pack& pack, int64_t count) {
+  // `past` the caches: they need not read first what is overwritten, and keep what they hold.
+  static void store(bool past, T* to, const Vectorized<T>& raw, int64_t count) {
 #if defined(CPU_CAPABILITY_AVX512)
-    using Bits = __m512i;
     if (past && count == width) {
-      auto raw = rounded(pack);
-      return _mm512_stream_si512(reinterpret_cast<Bits*>(to), reinterpret_cast<const Bits&>(raw));
+      return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), reinterpret_cast<const __m512i&>(raw));
     }
 #elif defined(CPU_CAPABILITY_AVX2)
-    using Bits = __m256i;
     if (past && count == width) {
-      auto raw = rounded(pack);
-      return _mm256_stream_si256(reinterpret_cast<Bits*>(to), reinterpret_cast<const Bits&>(raw));
+      return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<const __m256i&>(raw));
     }
 #endif
-    store(to, pack, count);
+    raw.store(to, count);
   }
 
   // Of a table of the channels: whole vectors, since tables are padded.
@@ -291,9 +288,20 @@ struct Runs {
         int64_t run = backwards ? begin + end - 1 - i : i;
         f(run, run * each, std::min(rows, (run + 1) * each));
       }
+      std::atomic_thread_fence(std::memory_order_seq_cst);  // for what was stored past the caches
     });
   }
 };
+
+// Whether an output, laid in stretches of `length` values, is too large to be found in cache by what comes next, and
+// every whole vector of it lies where one can be stored past the caches.
+template <typename T>
+bool goes_past_caches(const Shape& s, void* const (&out)[2], int64_t length) {
+  constexpr int64_t large = int64_t(8) << 20;
+  auto fits = [&](void* data) { return reinterpret_cast<uintptr_t>(data) % 64 == 0; };
+  int64_t stretch = (out[1] ? length / 2 : length) * static_cast<int64_t>(sizeof(T));
+  return s.n * s.c * s.hw * static_cast<int64_t>(sizeof(T)) >= large && stretch % 64 == 0 && fits(out[0]) && fits(out[1]);
+}
 
 // What is normalised: a tensor, or the sum of both branches of a seam.
 template <typename T>
@@ -301,11 +309,14 @@ struct Input {
   using L = Lanes<T>;
   const T *x, *right;
   T* sum;
-  bool training;
+  bool training, past;
 
   explicit Input(const Forward& f)
       : x(static_cast<const T*>(f.x)), right(static_cast<const T*>(f.right)), sum(static_cast<T*>(f.sum)),
-        training(f.training) {}
+        training(f.training) {
+    void* const out[2] = {f.sum, nullptr};
+    past = f.right && goes_past_caches<T>(f.shape, out, f.shape.rows ? f.shape.c : f.shape.hw);
+  }
 
   typename L::A first(int64_t offset) const {
     auto value = static_cast<typename L::A>(x[offset]);
@@ -319,7 +330,7 @@ struct Input {
     auto other = L::load(right + offset, count);
     for (int k = 0; k < L::K; ++k) pack[k] = pack[k] + other[k];
     auto raw = L::rounded(pack);
-    raw.store(sum + offset, count);
+    L::store(past, sum + offset, raw, count);
     return L::widened(raw);
   }
 
@@ -386,16 +397,6 @@ std::array<Half<T*>, 2> halves(P* const (&data)[2], int64_t c) {
   return {{{static_cast<T*>(data[0]), 0, length}, {static_cast<T*>(data[1]), length, c - length}}};
 }
 
-// Whether an output, laid in stretches of `length` values, is too large to be found in cache by what comes next, and
-// every whole vector of it lies where one can be stored past the caches.
-template <typename T>
-bool goes_past_caches(const Shape& s, void* const (&out)[2], int64_t length) {
-  constexpr int64_t large = int64_t(8) << 20;
-  auto fits = [&](void* data) { return reinterpret_cast<uintptr_t>(data) % 64 == 0; };
-  int64_t stretch = (out[1] ? length / 2 : length) * static_cast<int64_t>(sizeof(T));
-  return s.n * s.c * s.hw * static_cast<int64_t>(sizeof(T)) >= large && stretch % 64 == 0 && fits(out[0]) && fits(out[1]);
-}
-
 template <typename T, bool activate_first>
 void apply_to_rows(const Forward& f, const Channels<typename Lanes<T>::A>& channels, const Runs& runs) {
   using L = Lanes<T>;
@@ -413,7 +414,7 @@ void apply_to_rows(const Forward& f, const Channels<typename Lanes<T>::A>& chann
           for (int r = 0; r < rows; ++r) {
             auto x = input.again((m + r) * stride + half.first + i, count);
             for (int k = 0; k < L::K; ++k) x[k] = points[k].forward(x[k]);
-            L::store_past(past, half.data + (m + r) * half.length + i, x, count);
+            L::store(past, half.data + (m + r) * half.length + i, L::rounded(x), count);
           }
         });
       }
@@ -494,7 +495,7 @@ void input_gradient_of_rows(const Backward& g, const Channels<typename Lanes<T>:
               auto [distance, grad] = points[k].backward(x[k], dy[k]);
               x[k] = points[k].input_gradient(x[k], distance, grad, a[k], b[k], training);
             }
-            L::store_past(past, dx + (m + r) * stride + at, x, count);
+            L::store(past, dx + (m + r) * stride + at, L::rounded(x), count);
           }
         });
       }
@@ -512,6 +513,7 @@ void by_blocks_of_channels(const Shape& s, F f) {
   int64_t grain = std::max<int64_t>(1, GRAIN / (block * s.n * s.hw));
   at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) f(i * block, std::min(s.c, (i + 1) * block));
+    std::atomic_thread_fence(std::memory_order_seq_cst);  // as above
   });
 }
 
@@ -586,7 +588,7 @@ void apply_to_planes(const Forward& f, const Channels<typename Lanes<T>::A>& cha
       by_lanes<L::width>(s.hw, [=](int64_t j, auto count) {
         auto pack = input.again(offset + j, count);
         for (int k = 0; k < L::K; ++k) pack[k] = point.forward(pack[k]);
-        L::store_past(past, y + j, pack, count);
+        L::store(past, y + j, L::rounded(pack), count);
       });
     }
   }
@@ -655,7 +657,7 @@ void input_gradient_of_planes(const Backward& g, const Channels<typename Lanes<T
           auto [distance, grad] = point.backward(values[k], gradients[k]);
           values[k] = point.input_gradient(values[k], distance, grad, a, b, training);
         }
-        L::store_past(past, dx + j, values, count);
+        L::store(past, dx + j, L::rounded(values), count);
       });
     }
   }
