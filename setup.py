@@ -23,6 +23,8 @@ except ImportError:
     torch = None
 
 VERSION, SOURCES = "0.1.0", ["ops.cpp", "allocate.cpp", "cpu.cpp", "cpu_default.cpp"]
+FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden"]
+FLAGS += ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-psabi"]  # torch's headers, and the compiler's own
 AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c"]
 INSTRUCTION_SETS = {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
 GPUS = "5.0 6.0 7.0 7.5 8.0 8.6 8.9 9.0 10.0 12.0".split()  # of those, what the nvcc found can compile for
@@ -94,18 +96,17 @@ def make_extension():
     from torch.utils import cpp_extension  # now, since it looks for CUDA_HOME when it is imported
 
     windows = os.name == "nt"
-    flags = ["/O2", "/std:c++20", "/openmp"] if windows else ["-O3", "-std=c++20", "-fvisibility=hidden", "-g0", "-Wno-unknown-pragmas",
-                                                             "-Wno-maybe-uninitialized", "-Wno-psabi"]
-    flags += ["-fopenmp"] if sys.platform == "linux" else []
+    flags = ["/O2", "/std:c++20", "/openmp"] if windows else FLAGS + ["-fopenmp"] * (sys.platform == "linux")
     sets = INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") and not windows else {}
-    macros = [("GAN_OPS_TORCH", f'"{torch.__version__}"'), ("GAN_OPS_WITHOUT_CUDA", f'"{reason}"')]
+    text = re.sub(r'["\\]', "'", reason)
+    macros = [("GAN_OPS_TORCH", f'"{torch.__version__}"'), ("GAN_OPS_WITHOUT_CUDA", f'"{text}"')]
     macros += [("GAN_OPS_INSTRUCTION_SETS", None)] * bool(sets) + [("GAN_OPS_CUDA", None)] * (not reason)
     kind = cpp_extension.CppExtension if reason else cpp_extension.CUDAExtension
     sources = [f"csrc/{name}" for name in SOURCES + ([] if reason else ["cuda.cu"])]
     extension = kind(
         "gan_ops", sources, define_macros=macros, py_limited_api=True, depends=[str(p) for p in Path("csrc").iterdir()],
         extra_compile_args=dict(cxx=flags, nvcc=["-O3", "-std=c++17"]),
-        extra_link_args=["-fopenmp"] if sys.platform == "linux" else [])
+        extra_link_args=["-fopenmp"] * (sys.platform == "linux"))
 
     class Build(cpp_extension.BuildExtension):
         """Compiles the kernels for each instruction set with its own flags; what fails is left out with one line."""

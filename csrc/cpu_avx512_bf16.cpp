@@ -1,5 +1,5 @@
-// The CPU kernels for x86 processors with AVX-512 that round to bfloat16 in one instruction; setup.py compiles this file
-// alone with the flags for it.
+// The CPU kernels for x86 processors with AVX-512 that round to bfloat16 in one instruction; setup.py compiles this
+// file alone with the flags for it.
 #define CPU_CAPABILITY AVX512_BF16
 #define CPU_CAPABILITY_AVX512
 #include "cpu_kernels.h"

@@ -33,7 +33,12 @@ struct Lanes {
   static constexpr int width = Vectorized<T>::size(), K = width / V::size();
   using Pack = std::array<V, K>;
 
-  static Pack load(const T* from, int64_t count) { return widened(Vectorized<T>::loadu(from, count)); }
+  static Pack load(const T* from, int64_t count) {
+#ifdef __GNUC__
+    __builtin_prefetch(reinterpret_cast<const char*>(from) + 768);  // a page's end stops the processor's own
+#endif
+    return widened(Vectorized<T>::loadu(from, count));
+  }
 
   static Pack widened(const Vectorized<T>& raw) {
     if constexpr (K == 1) {
@@ -176,25 +181,34 @@ inline void by_rows(int64_t begin, int64_t end, F f) {
   for (; m < end; ++m) f(m, Constant<1>{});
 }
 
-// What the channels are normalised with, and what the gradients need, as tables padded for whole vectors.
+// What the channels are normalised with, and what the gradients need, as tables padded for whole vectors. A channel has
+// `repeat` columns of a table.
 template <typename A>
 struct Channels {
-  int64_t c, padded;
+  int64_t c, repeat, columns, padded;
   std::vector<A> mean, rstd, scale, bias, a, b;
 
-  Channels(int64_t c, const void* weight, const void* bias_)
-      : c(c), padded(c + 128), mean(padded), rstd(padded), scale(padded, A(1)), bias(padded), a(padded), b(padded) {
-    if (weight) std::copy_n(static_cast<const A*>(weight), c, scale.data());
-    if (bias_) std::copy_n(static_cast<const A*>(bias_), c, bias.data());
+  Channels(int64_t c, int64_t repeat, const void* weight, const void* bias_)
+      : c(c), repeat(repeat), columns(c * repeat), padded(columns + 128), mean(padded), rstd(padded),
+        scale(padded, A(1)), bias(padded), a(padded), b(padded) {
+    for (int64_t i = 0; i < c; ++i) {
+      if (weight) fill(scale, i, static_cast<const A*>(weight)[i]);
+      if (bias_) fill(bias, i, static_cast<const A*>(bias_)[i]);
+    }
   }
 
-  void set(int64_t i, double mean_, double rstd_) {
-    mean[i] = static_cast<A>(mean_), rstd[i] = static_cast<A>(rstd_), scale[i] *= rstd[i];
+  void fill(std::vector<A>& table, int64_t i, A value) { std::fill_n(&table[i * repeat], repeat, value); }
+
+  void set(int64_t i, A mean_, A rstd_) {
+    fill(mean, i, mean_);
+    fill(rstd, i, rstd_);
+    fill(scale, i, scale[i * repeat] * rstd_);
   }
 
   void set_gradients(int64_t i, double grads, double products, double count) {
-    a[i] = static_cast<A>(scale[i] * (grads / count));
-    b[i] = static_cast<A>(scale[i] * (products / count) * rstd[i] * rstd[i]);
+    double scale_ = scale[i * repeat], rstd_ = rstd[i * repeat];
+    fill(a, i, static_cast<A>(scale_ * (grads / count)));
+    fill(b, i, static_cast<A>(scale_ * (products / count) * rstd_ * rstd_));
   }
 
   template <bool activate_first, typename V>
@@ -254,16 +268,17 @@ void settle(const Forward& f, Channels<A>& channels, int64_t i, const Moments& b
     running_mean[i] += static_cast<A>(f.momentum * (mean - running_mean[i]));
     running_var[i] += static_cast<A>(f.momentum * (target - running_var[i]));
   }
-  channels.set(i, mean, 1 / std::sqrt(variance + f.eps));
-  static_cast<A*>(f.mean)[i] = channels.mean[i];
-  static_cast<A*>(f.rstd)[i] = channels.rstd[i];
+  auto rstd = static_cast<A>(1 / std::sqrt(variance + f.eps));
+  channels.set(i, static_cast<A>(mean), rstd);
+  static_cast<A*>(f.mean)[i] = static_cast<A>(mean);
+  static_cast<A*>(f.rstd)[i] = rstd;
 }
 
 // dweight and dbias of channel i, and what its input's gradient needs; in evaluation the statistics are constants.
 template <typename A>
 void settle(const Backward& g, Channels<A>& channels, int64_t i, double grads, double products, double count) {
   if (g.dbias) static_cast<A*>(g.dbias)[i] = static_cast<A>(grads);
-  if (g.dweight) static_cast<A*>(g.dweight)[i] = static_cast<A>(products * channels.rstd[i]);
+  if (g.dweight) static_cast<A*>(g.dweight)[i] = static_cast<A>(products * channels.rstd[i * channels.repeat]);
   if (g.training) channels.set_gradients(i, grads, products, count);
 }
 
@@ -274,7 +289,7 @@ struct Runs {
   int64_t rows, each, count, grain;
 
   Runs(int64_t rows, int64_t c)
-      : rows(rows), each(rows < 4096 ? 32 : 128), count((rows + each - 1) / each),
+      : rows(rows), each(rows < 256 ? 16 : rows < 4096 ? 32 : 128), count((rows + each - 1) / each),
         grain(std::max<int64_t>(1, GRAIN / (each * c))) {}
 
   int64_t length(int64_t run) const { return std::min(each, rows - run * each); }
@@ -297,10 +312,11 @@ struct Runs {
 // every whole vector of it lies where one can be stored past the caches.
 template <typename T>
 bool goes_past_caches(const Shape& s, void* const (&out)[2], int64_t length) {
-  constexpr int64_t large = int64_t(8) << 20;
+  constexpr int64_t large = int64_t(16) << 20;
   auto fits = [&](void* data) { return reinterpret_cast<uintptr_t>(data) % 64 == 0; };
   int64_t stretch = (out[1] ? length / 2 : length) * static_cast<int64_t>(sizeof(T));
-  return s.n * s.c * s.hw * static_cast<int64_t>(sizeof(T)) >= large && stretch % 64 == 0 && fits(out[0]) && fits(out[1]);
+  int64_t bytes = s.n * s.c * s.hw * static_cast<int64_t>(sizeof(T));
+  return bytes >= large && stretch % 64 == 0 && fits(out[0]) && fits(out[1]);
 }
 
 // What is normalised: a tensor, or the sum of both branches of a seam.
@@ -340,20 +356,26 @@ struct Input {
   }
 };
 
+template <typename A>
+double total(const A* values, int64_t count) {
+  return std::accumulate(values, values + count, 0.0);
+}
+
 template <typename T, bool activate_first>
 void statistics_of_rows(const Forward& f, Channels<typename Lanes<T>::A>& channels, const Runs& runs) {
   using L = Lanes<T>;
   using A = typename L::A;
-  int64_t c = f.shape.c, padded = channels.padded;
+  int64_t c = channels.c, repeat = channels.repeat, columns = channels.columns, padded = channels.padded;
   std::vector<A> partials(runs.count * 3 * padded);  // of each run: its shift (a first value), sum, sum of squares
   runs.over(false, [&](int64_t run, int64_t first, int64_t end) {
     const Input<T> input(f);
-    const int64_t stride = c;
+    const int64_t stride = columns;
     const typename L::V slope(static_cast<A>(f.slope));
     A *const shifts = &partials[run * 3 * padded], *const sums = shifts + padded, *const squares = sums + padded;
-    for (int64_t i = 0; i < stride; ++i) {
-      shifts[i] = input.first(first * stride + i);
-      if (activate_first && !(shifts[i] > 0)) shifts[i] *= static_cast<A>(f.slope);
+    for (int64_t i = 0; i < columns; i += repeat) {
+      A shift = input.first(first * stride + i);
+      if (activate_first && !(shift > 0)) shift *= static_cast<A>(f.slope);
+      std::fill_n(shifts + i, repeat, shift);
     }
     by_rows(first, end, [=](int64_t m, auto rows) {
       by_lanes<L::width>(stride, [=](int64_t i, auto count) {
@@ -374,13 +396,18 @@ void statistics_of_rows(const Forward& f, Channels<typename Lanes<T>::A>& channe
   at::parallel_for(0, c, std::max<int64_t>(1, GRAIN / runs.count / 4), [&](int64_t begin, int64_t end) {
     std::vector<Moments> moments(end - begin);
     for (int64_t run = 0; run < runs.count; ++run) {
-      const A* shifts = &partials[run * 3 * padded];
-      Join join(runs.length(run), run * runs.each);
+      const A *shifts = &partials[run * 3 * padded], *sums = shifts + padded, *squares = sums + padded;
+      Join join(runs.length(run) * repeat, run * runs.each * repeat);
+      if (repeat == 1) {  // by itself, since a compiler makes vectors of it
+        for (int64_t i = begin; i < end; ++i) moments[i - begin].add(join, shifts[i], sums[i], squares[i]);
+        continue;
+      }
       for (int64_t i = begin; i < end; ++i) {
-        moments[i - begin].add(join, shifts[i], shifts[i + padded], shifts[i + 2 * padded]);
+        int64_t at = i * repeat;
+        moments[i - begin].add(join, shifts[at], total(sums + at, repeat), total(squares + at, repeat));
       }
     }
-    for (int64_t i = begin; i < end; ++i) settle(f, channels, i, moments[i - begin], runs.rows);
+    for (int64_t i = begin; i < end; ++i) settle(f, channels, i, moments[i - begin], runs.rows * repeat);
   });
 }
 
@@ -400,12 +427,12 @@ std::array<Half<T*>, 2> halves(P* const (&data)[2], int64_t c) {
 template <typename T, bool activate_first>
 void apply_to_rows(const Forward& f, const Channels<typename Lanes<T>::A>& channels, const Runs& runs) {
   using L = Lanes<T>;
-  bool large = goes_past_caches<T>(f.shape, f.out, f.shape.c);
+  bool large = goes_past_caches<T>(f.shape, f.out, channels.columns);
   runs.over(true, [&](int64_t, int64_t first, int64_t end) {
     const Input<T> input(f);
     const Tables<T, activate_first> tables(channels, f.slope);
-    const auto outputs = halves<T>(f.out, f.shape.c);
-    const int64_t stride = f.shape.c;
+    const auto outputs = halves<T>(f.out, channels.columns);
+    const int64_t stride = channels.columns;
     const bool past = large;
     by_rows(first, end, [=](int64_t m, auto rows) {
       for (auto half : outputs) {
@@ -426,13 +453,13 @@ template <typename T, bool activate_first>
 void reduce_rows(const Backward& g, Channels<typename Lanes<T>::A>& channels, const Runs& runs) {
   using L = Lanes<T>;
   using A = typename L::A;
-  int64_t c = g.shape.c, padded = channels.padded;
+  int64_t c = channels.c, repeat = channels.repeat, columns = channels.columns, padded = channels.padded;
   std::vector<A> partials(runs.count * 2 * padded);  // of each run: sums of gradients, of gradients times distances
   runs.over(false, [&](int64_t run, int64_t first, int64_t end) {
     const Tables<T, activate_first> tables(channels, g.slope);
-    const auto gradients = halves<const T>(g.grad, c);
+    const auto gradients = halves<const T>(g.grad, columns);
     const auto values = static_cast<const T*>(g.x);
-    const int64_t stride = c;
+    const int64_t stride = columns;
     A *const grads = &partials[run * 2 * padded], *const products = grads + padded;
     by_rows(first, end, [=](int64_t m, auto rows) {
       for (auto half : gradients) {
@@ -458,14 +485,14 @@ void reduce_rows(const Backward& g, Channels<typename Lanes<T>::A>& channels, co
   at::parallel_for(0, c, std::max<int64_t>(1, GRAIN / runs.count / 4), [&](int64_t begin, int64_t end) {
     std::vector<double> sums(2 * (end - begin));
     for (int64_t run = 0; run < runs.count; ++run) {
-      const A* grads = &partials[run * 2 * padded];
+      const A *grads = &partials[run * 2 * padded], *products = grads + padded;
       for (int64_t i = begin; i < end; ++i) {
-        sums[i - begin] += grads[i];
-        sums[end - 2 * begin + i] += grads[i + padded];
+        sums[i - begin] += total(grads + i * repeat, repeat);
+        sums[end - 2 * begin + i] += total(products + i * repeat, repeat);
       }
     }
     for (int64_t i = begin; i < end; ++i) {
-      settle(g, channels, i, sums[i - begin], sums[end - 2 * begin + i], runs.rows);
+      settle(g, channels, i, sums[i - begin], sums[end - 2 * begin + i], runs.rows * repeat);
     }
   });
 }
@@ -474,13 +501,13 @@ template <typename T, bool activate_first>
 void input_gradient_of_rows(const Backward& g, const Channels<typename Lanes<T>::A>& channels, const Runs& runs) {
   using L = Lanes<T>;
   void* const out[2] = {g.dx, nullptr};
-  bool large = goes_past_caches<T>(g.shape, out, g.shape.c);
+  bool large = goes_past_caches<T>(g.shape, out, channels.columns);
   runs.over(true, [&](int64_t, int64_t first, int64_t end) {
     const Tables<T, activate_first> tables(channels, g.slope);
-    const auto gradients = halves<const T>(g.grad, g.shape.c);
+    const auto gradients = halves<const T>(g.grad, channels.columns);
     const auto values = static_cast<const T*>(g.x);
     const auto dx = static_cast<T*>(g.dx);
-    const int64_t stride = g.shape.c;
+    const int64_t stride = channels.columns;
     const bool past = large, training = g.training;
     by_rows(first, end, [=](int64_t m, auto rows) {
       for (auto half : gradients) {
@@ -685,14 +712,17 @@ void add_halves(const Forward& f) {
   });
 }
 
+// Planes smaller than a few vectors are taken as rows too: a picture is one, and a channel has hw of its columns.
+inline bool as_rows(const Shape& s) { return s.rows || s.hw < 64; }
+
 template <typename T, bool activate_first>
 void forward(const Forward& f) {
   if (!f.normalise) return add_halves<T>(f);
   const Shape& s = f.shape;
-  Channels<typename Lanes<T>::A> channels(s.c, f.weight, f.bias);
+  Channels<typename Lanes<T>::A> channels(s.c, as_rows(s) ? s.hw : 1, f.weight, f.bias);
   for (int64_t i = 0; !f.training && i < s.c; ++i) settle(f, channels, i, {}, 1);
-  if (s.rows) {
-    Runs runs(s.n, s.c);
+  if (as_rows(s)) {
+    Runs runs(s.n, channels.columns);
     if (f.training) statistics_of_rows<T, activate_first>(f, channels, runs);
     return apply_to_rows<T, activate_first>(f, channels, runs);
   }
@@ -706,11 +736,11 @@ template <typename T, bool activate_first>
 void backward(const Backward& g) {
   using A = typename Lanes<T>::A;
   const Shape& s = g.shape;
-  Channels<A> channels(s.c, g.weight, g.bias);
+  Channels<A> channels(s.c, as_rows(s) ? s.hw : 1, g.weight, g.bias);
   for (int64_t i = 0; i < s.c; ++i) channels.set(i, static_cast<const A*>(g.mean)[i], static_cast<const A*>(g.rstd)[i]);
   bool reduces = g.training || g.dweight || g.dbias;
-  if (s.rows) {
-    Runs runs(s.n, s.c);
+  if (as_rows(s)) {
+    Runs runs(s.n, channels.columns);
     if (reduces) reduce_rows<T, activate_first>(g, channels, runs);
     return input_gradient_of_rows<T, activate_first>(g, channels, runs);
   }

@@ -47,8 +47,9 @@ void check_input(const Tensor& x, const char* name) {
 void check_channels(const Tensor& x, const MaybeTensor& tensor, const char* name) {
   if (!given(tensor)) return;
   auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  TORCH_CHECK(tensor->dim() == 1 && tensor->sym_size(0) == x.sym_size(1), name, " must have one number for each of the ",
-              x.sym_size(1), " channels, not the sizes ", tensor->sym_sizes());
+  TORCH_CHECK(tensor->dim() == 1 && tensor->sym_size(0) == x.sym_size(1), name,
+              " must have one number for each of the ", x.sym_size(1), " channels, not the sizes ",
+              tensor->sym_sizes());
   TORCH_CHECK(tensor->scalar_type() == type, name, " must be ", type, " with an input of ", x.scalar_type(), ", not ",
               tensor->scalar_type());
   TORCH_CHECK(tensor->device() == x.device(), name, " must be on ", x.device(), " as the input is, not on ",
@@ -82,7 +83,8 @@ void check_norm(const Tensor& x, const Norm& norm) {
   check_channels(x, norm.running_var, "running_var");
   check_running(norm.running_mean, "running_mean");
   check_running(norm.running_var, "running_var");
-  TORCH_CHECK(given(norm.running_mean) == given(norm.running_var), "running_mean and running_var must be given together");
+  TORCH_CHECK(given(norm.running_mean) == given(norm.running_var),
+              "running_mean and running_var must be given together");
   TORCH_CHECK(norm.training || given(norm.running_mean), "running_mean and running_var must be given in evaluation");
   TORCH_CHECK(norm.eps > 0, "eps must be more than 0, not ", norm.eps);
   TORCH_CHECK_VALUE(!norm.training || x.sym_numel() != x.sym_size(1),
@@ -185,7 +187,8 @@ Normalised normalise(const Tensor& x, const MaybeTensor& right, const MaybeTenso
 }
 
 Normalised fake_normalise(const Tensor& x, const MaybeTensor& right, const MaybeTensor&, const MaybeTensor&,
-                          const MaybeTensor&, const MaybeTensor&, bool, double, double, double, bool, bool, bool split) {
+                          const MaybeTensor&, const MaybeTensor&, bool, double, double, double, bool, bool,
+                          bool split) {
   return empty_normalised(x, given(right), split, x.suggest_memory_format());
 }
 
@@ -244,7 +247,8 @@ std::tuple<Tensor, Tensor> fake_add(const Tensor& left, const Tensor&, bool spli
 // Calls of the private operations, through the dispatcher -------------------------------------------------------------
 
 Normalised call_normalise(const Tensor& x, const MaybeTensor& right, const Norm& norm) {
-  static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("gan_ops::_normalise", "").typed<decltype(normalise)>();
+  static auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("gan_ops::_normalise", "").typed<decltype(normalise)>();
   return op.call(x, right, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.training, norm.momentum,
                  norm.eps, norm.slope, norm.activate_first, norm.biased, norm.split);
 }
@@ -333,7 +337,8 @@ struct Normalise : torch::autograd::Function<Normalise> {
       }
     }
     if (seam && grads[outputs].defined()) dx = dx.defined() ? dx + grads[outputs] : grads[outputs];
-    return {dx, seam ? dx : Tensor(), weight.defined() ? dweight : Tensor(), bias.defined() ? dbias : Tensor(), Tensor()};
+    return {dx, seam ? dx : Tensor(), weight.defined() ? dweight : Tensor(), bias.defined() ? dbias : Tensor(),
+            Tensor()};
   }
 };
 
@@ -379,7 +384,8 @@ variable_list outputs_of(const Tensor& x, const MaybeTensor& right, const Norm& 
 
 template <bool differentiable, bool activate_first>
 Tensor one_input(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& running_mean,
-                 const MaybeTensor& running_var, bool training, double momentum, double eps, double slope, bool biased) {
+                 const MaybeTensor& running_var, bool training, double momentum, double eps, double slope,
+                 bool biased) {
   check_input(x, "x");
   Norm norm{weight, bias, running_mean, running_var, training, momentum, eps, slope, activate_first, biased};
   return outputs_of<differentiable>(x, std::nullopt, norm)[0];

@@ -1,0 +1,226 @@
+"""python benchmarks/ops.py: gan_ops against eager PyTorch and torch.compile, at every place between two convolutions.
+
+The sides take turns within a row, round by round, and a figure is the median of its rounds. Forward runs without
+gradients; forward+backward is forward, then torch.autograd.grad for inputs, weight and bias; both ratios and the last
+column belong to it. The floor is what it needs at the speed of dst.copy_(src), measured in the same rounds on tensors
+of the row's size and type: 8 passes over such a tensor (forward reads twice and writes once, backward reads x and the
+gradient twice and writes once), 10 at a seam (forward reads two tensors and writes their sum, reads that and writes).
+Where tensors are small, all figures and the floor are mostly the cost of calls, on CUDA of launches.
+"""
+import argparse, functools, itertools, json, math, statistics, time
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from pack import cspup128, machine
+
+BN_ACT, SEAM, SUM, ACT_BN = "batch norm, LeakyReLU", "split-add", "split-add, unsplit", "LeakyReLU, batch norm"
+PLACES = {  # channels and height; of 2-D inputs, channels
+    BN_ACT: [(50, 1), (1024, 4), (512, 8), (256, 16), (128, 32), (64, 64), (512, 4), (256, 8), (128, 16), (64, 32),
+             (128, 7), (128, 14), (64, 28)],
+    SEAM: [(1024, 4), (512, 8), (256, 16), (128, 32)], SUM: [(64, 64)], ACT_BN: [(256,), (512,), (1024,)]}
+TYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
+LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+COPY, FORWARD, BOTH = KINDS = ("copy", "forward", "forward+backward")
+SIDES = ("ours", "eager", "compiled")
+RATIOS = {f"{kind}, {side}/ours": (kind, side) for kind in KINDS[1:] for side in SIDES[1:]}
+LEAST = 0.02  # seconds that a measurement takes, so that neither the clock nor one-off costs matter
+say_once = functools.cache(print)
+
+
+def sides_of(operation, layout):
+    """gan_ops and the same of PyTorch's own operations: functions of a norm's tensors and the inputs; return lists."""
+    ops, seam, numbers, slope = torch.ops.gan_ops, operation in (SEAM, SUM), (True, 0.1, 1e-5), 0.2
+    single = ops.leaky_relu_batch_norm if operation == ACT_BN else ops.batch_norm_leaky_relu
+
+    def ours(mean, var, weight, bias, *inputs):
+        norm = (weight, bias, mean, var, *numbers, slope)
+        if seam:
+            return ops.split_add_batch_norm_leaky_relu(*inputs, *norm, operation == SEAM)
+        return [single(*inputs, *norm)]
+
+    def eager(mean, var, weight, bias, x, right=None):
+        if operation == ACT_BN:
+            return [F.batch_norm(F.leaky_relu(x, slope), mean, var, weight, bias, *numbers)]
+        x = x + right if seam else x
+        y = F.leaky_relu(F.batch_norm(x, mean, var, weight, bias, *numbers), slope)
+        if not seam:
+            return [y]
+        halves = y.chunk(2 if operation == SEAM else 1, dim=1)
+        return [half.contiguous(memory_format=layout) for half in halves]  # as the next convolution wants them
+    return ours, eager
+
+
+def make_sets(row, device, layout):
+    """Triples (inputs, gradients of the outputs, where a copy goes), which calls take in turn.
+
+    In training, other layers drive these out of the GPU's L2 cache before they are used again. One and the
+    same input would be read from that cache, faster than memory can give it: there are so many that all exceed four
+    times its size. A CPU gets one set, and the copy, the floor, has the help of its caches too.
+    """
+    (batch, channels, *plane), dtype, count = row["shape"], TYPES[row["type"]], 1
+    if device.type == "cuda":
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        count += 4 * cache // (math.prod(row["shape"]) * dtype.itemsize)
+
+    def tensors(parts=1, grad=False):
+        whole = torch.empty(count * batch, channels // parts, *plane, dtype=dtype, device=device, memory_format=layout)
+        return [part.detach().requires_grad_(grad) for part in whole.normal_().split(batch)]
+    inputs, parts = 1 + (row["operation"] in (SEAM, SUM)), 1 + (row["operation"] == SEAM)
+    inputs, grads = [tensors(grad=True) for _ in range(inputs)], [tensors(parts) for _ in range(parts)]
+    return list(zip(zip(*inputs), zip(*grads), tensors()))
+
+
+def make_calls(side, function, norm):
+    """A side's two calls, on a set."""
+    def both(inputs, grads, copy):
+        torch.autograd.grad(function(*norm, *inputs), (*inputs, *norm[2:]), grads)
+    return {(FORWARD, side): lambda inputs, grads, copy: function(*norm, *inputs), (BOTH, side): both}
+
+
+def seconds(kind, call, turns, count, device):
+    """How long one of `count` calls takes, each on the next set."""
+    with torch.set_grad_enabled(kind == BOTH):
+        if device.type == "cuda":
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            began.record()
+        start = time.perf_counter()
+        for arguments in itertools.islice(turns, count):
+            call(*arguments)
+        if device.type != "cuda":
+            return (time.perf_counter() - start) / count
+        ended.record()
+        ended.synchronize()
+        return began.elapsed_time(ended) / 1000 / count
+
+
+def warm_up(kind, call, turns, device):
+    """How many calls take LEAST; the first ones, not timed, compile, allocate and load kernels."""
+    seconds(kind, call, turns, 3, device)
+    count = 1
+    while (took := count * min(seconds(kind, call, turns, count, device) for _ in range(2))) < LEAST:
+        count = min(10 * count, math.ceil(1.2 * LEAST / took * count) + 1)
+    return count
+
+
+def peak_of(call, arguments):
+    """MiB of GPU memory that a call needs beyond what is held before it."""
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call(*arguments)
+    return (torch.cuda.max_memory_allocated() - held) / 2**20
+
+
+def measure(row, device, options):
+    """The row with its figures, in milliseconds."""
+    torch._dynamo.reset()  # else the rows add up to its limit of recompilations
+    layout = LAYOUTS.get(row["layout"], torch.contiguous_format)
+    sets, (ours, eager) = make_sets(row, device, layout), sides_of(row["operation"], layout)
+    norm = [make(row["shape"][1], device=device) for make in (torch.zeros, torch.ones, torch.ones, torch.zeros)]
+    norm[2].requires_grad_(), norm[3].requires_grad_()
+    turns, calls = itertools.cycle(sets), {(COPY, COPY): lambda inputs, grads, copy: copy.copy_(inputs[0])}
+    calls.update(make_calls("ours", ours, norm) | make_calls("eager", eager, norm))
+    counts = {key: warm_up(key[0], call, turns, device) for key, call in calls.items()}
+    if not options.no_compile:
+        try:
+            compiled = make_calls("compiled", torch.compile(eager, dynamic=False), norm)
+            counts.update({key: warm_up(key[0], call, turns, device) for key, call in compiled.items()})
+            calls.update(compiled)
+        except Exception as error:  # such as no compiler, or a Python that it does not know
+            say_once(f"no torch.compile where there is a -: {type(error).__name__}: {cspup128.one_line(error)[:300]}")
+    rounds = {kind: {side: [] for other, side in calls if other == kind} for kind in KINDS}
+    for _, ((kind, side), call) in itertools.product(range(options.rounds), calls.items()):
+        rounds[kind][side].append(1000 * seconds(kind, call, turns, counts[kind, side], device))
+    ms = {kind: {side: statistics.median(values) for side, values in rounds[kind].items()} for kind in KINDS}
+    ratios = {name: ms[kind][s] / ms[kind]["ours"] if s in ms[kind] else None for name, (kind, s) in RATIOS.items()}
+    floor = ms[COPY][COPY] / 2 * (10 if row["operation"] in (SEAM, SUM) else 8)  # a copy is two passes
+    peaks = {s: peak_of(calls[BOTH, s], sets[0]) for s in SIDES[:2]} if device.type == "cuda" else {}
+    return dict(row, sets=len(sets), floor=floor, ms=ms, ratios=ratios, peak_mib=peaks, rounds=rounds)
+
+
+def cells(values, form=".3g"):
+    return "".join(f"{'-' if v is None else v if isinstance(v, str) else format(v, form):>9}" for v in values)
+
+
+def label(row):
+    return f"{row['operation']:21} {'x'.join(map(str, row['shape'])):13} {row['layout']:13} {row['type']}"
+
+
+def print_row(row):
+    times = [row["ms"][kind].get(side) for kind in KINDS[1:] for side in SIDES] + [row["floor"]]
+    share = cells([row["floor"] / row["ms"][BOTH]["ours"]], ".0%")
+    ratios = cells([row["ratios"][name] for name in list(RATIOS)[2:]], ".2f")
+    print(label(row) + cells(times) + ratios + share + cells(row["peak_mib"].values()), flush=True)
+
+
+def summarise(rows):
+    """Print the ratios' geometric means, and where ours is not the fastest; returns the means."""
+    print(f"\n{'geometric means':20}rows", *RATIOS, sep="  ")
+    means = {}
+    for group in dict.fromkeys(["all", *(row["type"] for row in rows), *(row["layout"] for row in rows)]):
+        chosen = [row for row in rows if group in ("all", row["type"], row["layout"])]
+        known = {name: [row["ratios"][name] for row in chosen if row["ratios"][name]] for name in RATIOS}
+        means[group] = {name: statistics.geometric_mean(known[name]) if known[name] else None for name in RATIOS}
+        values = (f"{cells([mean], '.2f'):>{len(name)}}" for name, mean in means[group].items())
+        print(f"{group:20}{len(chosen):4}", *values, sep="  ")
+    for kind in KINDS[1:]:
+        slower = [row for row in rows if min(row["ms"][kind].values()) < row["ms"][kind]["ours"]]
+        print(f"{kind}: ours is slower than the better of the others in {len(slower)} of {len(rows)} rows")
+        for row in slower:
+            best, ms = min(row["ms"][kind], key=row["ms"][kind].get), row["ms"][kind]
+            print(f"  {label(row)}: {ms['ours']:.3g} ms, {best} {ms[best]:.3g}, ratio {ms[best] / ms['ours']:.2f}")
+    return means
+
+
+def rows_of(options):
+    """What to measure."""
+    for (operation, places), batch in itertools.product(PLACES.items(), options.batch):
+        for place in places:
+            if any(text in operation or text in "x".join(map(str, place)) for text in options.only):
+                for layout, dtype in itertools.product(options.layouts if len(place) > 1 else ["2-D"], options.types):
+                    yield dict(operation=operation, shape=(batch, *place, *place[1:]), layout=layout, type=dtype)
+
+
+def main():
+    about = dict(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(**about)
+    add = parser.add_argument
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--batch", type=int, nargs="+", default=[64, 128])
+    add("--types", nargs="+", choices=TYPES, default=list(TYPES))
+    add("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="of 4-D inputs; 2-D ones have but one")
+    add("--only", nargs="+", default=[""], metavar="TEXT", help="rows with this in the operation, or in CxH (64x32)")
+    add("--rounds", type=int, default=5)
+    add("--no-compile", action="store_true", help="leave torch.compile out")
+    add("--json", type=Path, help="write the results there")
+    options = parser.parse_args()
+    cuda = options.device != "cpu" and torch.cuda.is_available()
+    if options.device == "cuda" and not cuda:
+        parser.error("--device cuda: torch finds none")
+    device = torch.device("cuda" if cuda else "cpu")
+    if (state := cspup128.use_gan_ops(device)) != "serves":
+        print(f"gan_ops {state}")
+        raise SystemExit(2)
+    import gan_ops  # after torch, whose libraries it needs
+    about = dict(machine(), threads=torch.get_num_threads(), gan_ops=" ".join(gan_ops.devices),
+                 device=torch.cuda.get_device_name() if cuda else "cpu")
+    print(*(f"{name} {value}" for name, value in about.items()), sep="; ")
+    print(f"{'forward ms':>81}{'forward+backward ms':>27}{'':9}" + cells(["eager", "compiled", "of copy"])
+          + f"{'peak MiB':>18}" * cuda)
+    print(f"{'operation':21} {'shape':13} {'layout':13} type"
+          + cells([*SIDES, *SIDES, "floor", "/ours", "/ours", "speed", *SIDES[:2 * cuda]]), flush=True)
+    rows = []
+    try:
+        for row in rows_of(options):
+            rows.append(measure(row, device, options))
+            print_row(rows[-1])
+    except KeyboardInterrupt:
+        print("interrupted")
+    result = dict(about, rows=rows, geometric_means=summarise(rows))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
