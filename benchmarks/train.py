@@ -1,7 +1,7 @@
 """python benchmarks/train.py: images/second of training, cspup128's way against the usual way.
 
-Both train the same networks on the same pictures, in one process and in turn, a round of one after a round of the
-other. Ours is what cspup128.py does: its pack, its precision, channels_last, fused Adam, gan_ops where installed,
+Both, and ours without gan_ops where that is installed, train the same networks on the same pictures, in one process
+and in turn, a round of one after a round of the other. Ours is what cspup128.py does: its pack, its precision, channels_last, fused Adam, gan_ops where installed,
 a CUDA graph on CUDA, and its flips and averaged generator besides. The usual way is that of PyTorch's DCGAN example:
 a DataLoader over JPEG files, eager fp32 with torch's own settings, contiguous, plain Adam, .item() of both losses at
 each step. Flags not listed below go to cspup128: --width (64), --batch-size (32 here), --device, --precision, ...
@@ -96,30 +96,33 @@ def compare(args, options):
     about = dict(machine(), threads=torch.get_num_threads(), device=str(device), precision=precision, gan_ops=fused,
                  width=args.width, batch=args.batch_size, steps=steps, warm=warm, workers=options.workers)
     print(*(f"{name} {value}" for name, value in about.items()), sep="; ", flush=True)
-    sides, rates, waits, peaks = {}, dict(ours=[], usual=[]), dict(ours=[], usual=[]), {}
+    names = ["ours", *["without gan_ops"] * (fused == "serves"), "usual"]
+    sides, rates, waits, peaks = {}, {name: [] for name in names}, {name: [] for name in names}, {}
     for number, name in itertools.product(range(options.rounds), rates):
         cspup128.use_gan_ops(device, name == "ours" and not args.no_fused)
         held = torch.cuda.memory_allocated() if cuda else 0
         torch.cuda.reset_peak_memory_stats() if cuda else None
-        if number == 0 and name == "ours":
-            sides[name] = make_ours(args, device, precision)
-        elif number == 0:
+        if number == 0 and name == "usual":
             sides[name] = make_usual(args, device, options.workers)
+        elif number == 0:
+            sides[name] = make_ours(args, device, precision)
         start, step = sides[name]
         seconds, waited = measure(start(), step, warm, steps, device)
         if cuda and number == 0:  # later rounds replay a graph, which the counter does not see
             peaks[name] = (torch.cuda.max_memory_allocated() - held) / 2**20
         rates[name].append(steps * args.batch_size / seconds)
         waits[name].append(waited / seconds)
-        print(f"round {number + 1}: {name:5} {rates[name][-1]:9.2f} images/s, "
+        print(f"round {number + 1}: {name:15} {rates[name][-1]:9.2f} images/s, "
               f"{waits[name][-1]:6.2%} of it waiting for data", flush=True)
     medians = {name: statistics.median(values) for name, values in rates.items()}
     for name in sides:
         memory = f", peak CUDA memory {peaks[name]:.0f} MiB" if peaks else ""
-        print(f"median: {name:5} {medians[name]:9.2f} images/s{memory}")
-    ratio, ratios = medians["ours"] / medians["usual"], [f"{a / b:.2f}" for a, b in zip(*rates.values())]
-    print(f"ratio of the medians: {ratio:.2f}; of the single rounds:", *ratios)
-    return dict(about, images_per_second=rates, waiting=waits, peak_cuda_mib=peaks, median=medians, ratio=ratio)
+        print(f"median: {name:15} {medians[name]:9.2f} images/s{memory}")
+    ratios = {name: medians["ours"] / medians[name] for name in names[1:]}
+    for name, ratio in ratios.items():
+        single = [f"{a / b:.2f}" for a, b in zip(rates["ours"], rates[name])]
+        print(f"ours to {name}: ratio of the medians {ratio:.2f}; of the single rounds:", *single)
+    return dict(about, images_per_second=rates, waiting=waits, peak_cuda_mib=peaks, median=medians, ratios=ratios)
 
 
 def main():

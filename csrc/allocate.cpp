@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <map>
 #include <mutex>
 
@@ -32,9 +33,16 @@ class KeptBlocks final : public c10::Allocator {
     if (bytes < PAGE) return c10::GetCPUAllocator()->allocate(bytes);
     bytes = (bytes + PAGE - 1) / PAGE * PAGE;
     std::lock_guard<std::mutex> lock(mutex_);
-    auto kept = kept_.find(bytes);
-    Block* block = kept == kept_.end() ? obtain(bytes) : kept->second;
-    if (kept != kept_.end()) kept_.erase(kept), waiting_ -= bytes;
+    auto [first, end] = kept_.equal_range(bytes);
+    Block* block = nullptr;
+    if (first == end) {
+      block = obtain(bytes);
+    } else {
+      auto last = std::prev(end);  // freed last: a cache may still hold it
+      block = last->second;
+      kept_.erase(last);
+      waiting_ -= bytes;
+    }
     used_ += bytes;
     most_ = std::max(most_, used_);
     return {block->data, block, &KeptBlocks::release, at::Device(at::kCPU)};
