@@ -161,6 +161,8 @@ Normalised empty_normalised(const Tensor& x, bool seam, bool split, at::MemoryFo
 Normalised normalise(const Tensor& x, const MaybeTensor& right, const MaybeTensor& weight, const MaybeTensor& bias,
                      const MaybeTensor& running_mean, const MaybeTensor& running_var, bool training, double momentum,
                      double eps, double slope, bool activate_first, bool biased, bool split) {
+  check_norm(x, {weight, bias, running_mean, running_var, training, momentum, eps, slope, activate_first, biased,
+                 split});
   auto format = x.suggest_memory_format();
   auto left = x.contiguous(format);
   auto other = given(right) ? MaybeTensor(right->contiguous(format)) : right;
@@ -186,9 +188,12 @@ Normalised normalise(const Tensor& x, const MaybeTensor& right, const MaybeTenso
   return result;
 }
 
-Normalised fake_normalise(const Tensor& x, const MaybeTensor& right, const MaybeTensor&, const MaybeTensor&,
-                          const MaybeTensor&, const MaybeTensor&, bool, double, double, double, bool, bool,
+Normalised fake_normalise(const Tensor& x, const MaybeTensor& right, const MaybeTensor& weight,
+                          const MaybeTensor& bias, const MaybeTensor& running_mean, const MaybeTensor& running_var,
+                          bool training, double momentum, double eps, double slope, bool activate_first, bool biased,
                           bool split) {
+  check_norm(x, {weight, bias, running_mean, running_var, training, momentum, eps, slope, activate_first, biased,
+                 split});
   return empty_normalised(x, given(right), split, x.suggest_memory_format());
 }
 
@@ -203,6 +208,10 @@ Gradients empty_gradients(const Tensor& x, at::MemoryFormat format) {
 Gradients normalise_backward(const Tensor& first, const MaybeTensor& second, const Tensor& x, const MaybeTensor& weight,
                              const MaybeTensor& bias, const Tensor& mean, const Tensor& rstd, bool training,
                              double slope, bool activate_first) {
+  TORCH_CHECK(first.numel() * (given(second) ? 2 : 1) == x.numel() && first.scalar_type() == x.scalar_type() &&
+                  (!given(second) || second->sizes() == first.sizes()),
+              "the gradients must be of x's type and, together, of its size");
+  TORCH_CHECK(mean.numel() == x.size(1) && rstd.numel() == x.size(1), "mean and rstd must have a number per channel");
   auto format = x.suggest_memory_format();
   auto values = x.contiguous(format), grad = first.contiguous(format);
   auto other = given(second) ? MaybeTensor(second->contiguous(format)) : second;
@@ -370,7 +379,6 @@ bool needs_grad(std::initializer_list<const MaybeTensor*> tensors) {
 // y, or its two halves. `differentiable` is where autograd looks on.
 template <bool differentiable>
 variable_list outputs_of(const Tensor& x, const MaybeTensor& right, const Norm& norm) {
-  check_norm(x, norm);
   MaybeTensor input(x);
   if (differentiable && needs_grad({&input, &right, &norm.weight, &norm.bias})) {
     auto outputs = Normalise::apply(x, right, norm.weight, norm.bias, norm);
