@@ -189,8 +189,8 @@ struct Channels {
   std::vector<A> mean, rstd, scale, bias, a, b;
 
   Channels(int64_t c, int64_t repeat, const void* weight, const void* bias_)
-      : c(c), repeat(repeat), columns(c * repeat), padded(columns + 128), mean(padded), rstd(padded),
-        scale(padded, A(1)), bias(padded), a(padded), b(padded) {
+      : c(c), repeat(repeat), columns(c * repeat), padded(columns + 2 * Vectorized<A>::size()), mean(padded),
+        rstd(padded), scale(padded, A(1)), bias(padded), a(padded), b(padded) {
     for (int64_t i = 0; i < c; ++i) {
       if (weight) fill(scale, i, static_cast<const A*>(weight)[i]);
       if (bias_) fill(bias, i, static_cast<const A*>(bias_)[i]);
@@ -289,8 +289,8 @@ struct Runs {
   int64_t rows, each, count, grain;
 
   Runs(int64_t rows, int64_t c)
-      : rows(rows), each(rows < 256 ? 16 : rows < 4096 ? 32 : 128), count((rows + each - 1) / each),
-        grain(std::max<int64_t>(1, GRAIN / (each * c))) {}
+      : rows(rows), each(rows < 256 ? 16 : rows < 4096 ? 32 : rows < 65536 ? 128 : 512),
+        count((rows + each - 1) / each), grain(std::max<int64_t>(1, GRAIN / (each * c))) {}
 
   int64_t length(int64_t run) const { return std::min(each, rows - run * each); }
 
