@@ -330,8 +330,9 @@ struct Input {
   explicit Input(const Forward& f)
       : x(static_cast<const T*>(f.x)), right(static_cast<const T*>(f.right)), sum(static_cast<T*>(f.sum)),
         training(f.training) {
-    void* const out[2] = {f.sum, nullptr};
-    past = f.right && goes_past_caches<T>(f.shape, out, f.shape.rows ? f.shape.c : f.shape.hw);
+    void* const out[2] = {f.sum, f.out[1]};  // in evaluation the sum is written by halves
+    int64_t plane = f.out[1] ? 2 * f.shape.hw : f.shape.hw;
+    past = f.right && goes_past_caches<T>(f.shape, out, f.shape.rows ? f.shape.c : plane);
   }
 
   typename L::A first(int64_t offset) const {
@@ -500,7 +501,7 @@ void reduce_rows(const Backward& g, Channels<typename Lanes<T>::A>& channels, co
 template <typename T, bool activate_first>
 void input_gradient_of_rows(const Backward& g, const Channels<typename Lanes<T>::A>& channels, const Runs& runs) {
   using L = Lanes<T>;
-  void* const out[2] = {g.dx, nullptr};
+  void* const out[2] = {g.dx, g.grad[1] ? g.dx : nullptr};  // written half by half, as the gradients are read
   bool large = goes_past_caches<T>(g.shape, out, channels.columns);
   runs.over(true, [&](int64_t, int64_t first, int64_t end) {
     const Tables<T, activate_first> tables(channels, g.slope);

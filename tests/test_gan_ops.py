@@ -914,3 +914,24 @@ if os.environ.get("GAN_OPS_LARGE") and os.sysconf("SC_AVPHYS_PAGES") * os.syscon
         assert var[0] == 0 and var[3].item() == pytest.approx(4 / 513 * (1 - 1 / 513), rel=1e-3)
         assert (y[-1, -1].float() - (2 - 2 / 513) / var[3].sqrt()).abs().max() < 0.1
         assert y[:, :3].abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype, channels", [(torch.float32, 48), (torch.bfloat16, 96), (torch.float32, 32)], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_large_seams_whose_halves_are_not_aligned(dtype, channels, training):
+    """From 16 MiB on the CPU stores past its caches, which faults at addresses that are no multiple of a vector."""
+    shape = (channels, channels, (17 << 20) // (channels * channels * 32 * dtype.itemsize) + 1, 32)
+    for layout in (torch.channels_last, torch.contiguous_format):
+        left, right = (torch.randn(shape, dtype=dtype).to(memory_format=layout).requires_grad_() for _ in range(2))
+        norm = [torch.zeros(channels), torch.ones(channels)]
+        halves = torch.ops.gan_ops.split_add_batch_norm_leaky_relu(
+            left, right, None, None, *norm, training, 0.1, 1e-5, 0.2, True)
+        x = left + right
+        normal = F.batch_norm(x.float(), torch.zeros(channels), torch.ones(channels), training=training)
+        wanted = F.leaky_relu(normal, 0.2)
+        slack = 0.02 if dtype == torch.bfloat16 else 1e-4
+        torch.testing.assert_close(torch.cat(halves, 1).float(), wanted, rtol=slack, atol=slack)
+        grads = [torch.randn_like(half) for half in halves]
+        (got,) = torch.autograd.grad(halves, left, grads)
+        (want,) = torch.autograd.grad(wanted, left, torch.cat(grads, 1).float())
+        assert (got.float() - want.float()).abs().mean() < slack
