@@ -8,8 +8,8 @@ does (Wang et al. 2020), and double the picture. The discriminator is DCGAN's (R
     python cspup128.py --generate 64 --checkpoint runs/cspup128/models.pth --save faces.png
 """
 # %% Imports
-import argparse, copy, functools, hashlib, importlib.metadata, io, itertools, json, math, os, random, signal, sys, time
-import zipfile
+import argparse, copy, csv, functools, hashlib, importlib.metadata, io, itertools, json, math, os, random, signal, sys
+import time, zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -24,10 +24,16 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from tqdm.auto import tqdm
 
-SCRIPT, SIZE, CHANNELS, Z = "cspup128", 128, 3, 100
-SCHEMES = {  # the recipe found to converge, and the slides with nothing added; a flag given by hand wins
-    "stable": dict(loss="logits", d_norm="batch", slope=0.2, lr=1e-4, d_lr=1e-3, beta1=0.0),
-    "exact": dict(loss="bce", d_norm="none", slope=0.0, lr=2e-4, d_lr=2e-4, beta1=0.5),
+SCRIPT, SIZE, CHANNELS, Z, END = "cspup128", 128, 3, 100, "20 epochs"
+ALL = dict(ema=0.999, augment="auto", flip=True, held_out=0.0)
+RECIPES = {  # the one found to converge, and the slides with nothing added; a flag given by hand wins
+    "stable": dict(ALL, loss="logits", d_norm="batch", slope=0.2, lr=1e-4, d_lr=1e-3, beta1=0.0),
+    "exact": dict(ALL, loss="bce", d_norm="none", slope=0.0, lr=2e-4, d_lr=2e-4, beta1=0.5),
+}
+METRICS = "loss_d", "loss_g", "d_real", "d_fake"  # what train_step adds up
+CURVES = {  # picture: its title, its unit, and the columns of metrics.csv that it shows
+    "losses": ("losses of discriminator and generator", "loss", ("loss_d", "loss_g")),
+    "scores": ("verdicts of the discriminator", "mean probability of being real", ("d_real", "d_fake")),
 }
 
 # %% Networks
@@ -90,6 +96,10 @@ class Discriminator(nn.Module):
             deviation = (x.float().var(0, unbiased=False) + 1e-8).sqrt().mean()
             x = torch.cat([x, deviation.to(x.dtype).expand(len(x), 1, *x.shape[2:])], dim=1)  # N,1025,4,4
         return self.logit(x).flatten()  # N
+
+def recipe(args):
+    """The flags' defaults by --scheme."""
+    return RECIPES[args.scheme]
 
 def make_networks(args):
     """(generator, discriminator) on the CPU; DCGAN's weights, N(0, 0.02) and N(1, 0.02), or PyTorch's own for exact."""
@@ -226,6 +236,13 @@ def draw_picture(index):
     oval(turn, 0.52, rng.uniform(0.3, 0.46), rng.uniform(0.06, 0.16), (175, 60, 70), draw.chord, 0, 180)
     return image
 
+def settle(args, pack, steps):
+    """Decide what the command line left open, now that the pictures are known: augmentation, and the end."""
+    if args.augment == "auto":
+        args.augment = "on" if len(pack) < 10_000 and not {"celeba", "synthetic"} & set(args.data) else "none"
+    if not (args.epochs or args.steps):
+        args.epochs = 20
+
 # --- shared: data ---
 PICTURES, SYNTHETIC = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"), 4096
 
@@ -250,11 +267,11 @@ def find_celeba(root):
             f"CelebA is not in {', '.join(map(str, places))} or /kaggle/input/*, and its download failed "
             f"({one_line(error)}): put img_align_celeba.zip into {Path(root, 'celeba')}") from None
 
-def list_pictures(args):
-    """What --data names, as (name, items, load): items maps a picture's name to a stamp, load(name) opens it."""
-    if args.data == "synthetic":
-        return "synthetic", {i: SYNTHETIC for i in range(SYNTHETIC)}, draw_picture
-    path = find_celeba(args.root) if args.data == "celeba" else Path(os.path.expanduser(args.data))
+def open_source(data, root):
+    """What one word of --data names: (name, {name of a picture: (stamp, function that opens it)})."""
+    if data == "synthetic":
+        return data, {str(i): (SYNTHETIC, functools.partial(draw_picture, i)) for i in range(SYNTHETIC)}
+    path = find_celeba(root) if data == "celeba" else Path(os.path.expanduser(data))
     if not path.exists():
         raise UserError(f"there is no {path}: --data takes celeba, synthetic, a folder or a .zip file")
     if path.is_dir():
@@ -269,73 +286,105 @@ def list_pictures(args):
         found = {info.filename: info for info in archive.infolist()}
         load, stamp = lambda name: Image.open(io.BytesIO(archive.read(name))), lambda info: info.CRC
     names = [n for n in sorted(found) if n.lower().endswith(PICTURES) and "__MACOSX" not in n and "/." not in f"/{n}"]
-    folders, wanted = {folder for name in names for folder in name.split("/")[:-1]}, set(args.classes)
-    if wanted - folders:
-        raise UserError(f"{path} has no pictures in {sorted(wanted - folders)}: --classes can be of {sorted(folders)}")
-    items = {name: stamp(found[name]) for name in names if not wanted or wanted & set(name.split("/")[:-1])}
-    if not items:
+    if not names:
         raise UserError(f"{path} holds no pictures: looked for {' '.join(PICTURES)}")
-    return path.stem, items, load
+    return path.resolve().stem, {name: (stamp(found[name]), functools.partial(load, name)) for name in names}
 
-def square(image):
-    """A PIL picture's centre square as uint8 SIZE,SIZE,3, resized with antialiasing; alpha is laid over white."""
-    image.draft("RGB", (2 * SIZE, 2 * SIZE))  # a large JPEG is decoded at a fraction of its size
+def list_pictures(args):
+    """The pictures of --data in --classes: (name, {name of a picture: (stamp, function that opens it)})."""
+    names, found, folders, wanted = [], {}, set(), set(args.classes)
+    for data in args.data:
+        name, pictures = open_source(data, args.root)
+        names.append(name)
+        for picture, entry in pictures.items():
+            inside = set(picture.split("/")[:-1])
+            folders |= inside
+            if not wanted or wanted & inside:
+                found[f"{data}/{picture}" if len(args.data) > 1 else picture] = entry
+    if wanted - folders:
+        raise UserError(f"{' '.join(args.data)} has no pictures in {sorted(wanted - folders)}: "
+                        f"--classes can be of {sorted(folders)}")
+    return "+".join(names)[:60], found
+
+def square(image, size, channels):
+    """A PIL picture as uint8 size,size,channels, resized with antialiasing: its centre square.
+
+    A picture with transparency is cut out already: all of it is laid on white.
+    """
+    image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at a fraction of its size
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):  # 16-bit grey, which convert would clip
         image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
+    (w, h), side, cut_out = image.size, min(image.size), "A" in image.getbands() or "transparency" in image.info
+    if cut_out:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    (w, h), side = image.size, min(image.size)
-    box = (w - side) / 2, (h - side) / 2, (w + side) / 2, (h + side) / 2
-    return np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.BILINEAR, box=box))
+    image = image.convert("L" if channels == 1 else "RGB")
+    if cut_out and w != h:
+        whole = [max(1, round(size * length / max(w, h))) for length in (w, h)]
+        canvas = Image.new(image.mode, (size, size), "white")
+        canvas.paste(image.resize(whole, Image.BILINEAR), ((size - whole[0]) // 2, (size - whole[1]) // 2))
+        image = canvas
+    else:
+        box = (w - side) / 2, (h - side) / 2, (w + side) / 2, (h + side) / 2
+        image = image.resize((size, size), Image.BILINEAR, box=box)
+    return np.asarray(image).reshape(size, size, channels)
 
 def load_pack(args):
-    """The pictures of --data as uint8 N,SIZE,SIZE,3, memory-mapped; on first use decoded into <root>/.packed."""
-    name, items, load = list_pictures(args)
-    key = hashlib.sha256(json.dumps([SCRIPT, list(items.items())]).encode()).hexdigest()[:12]
-    path = Path(args.root, ".packed", f"{name}-{SIZE}-{key}.npy")
+    """The pictures of --data as uint8 N,size,size,channels, memory-mapped; on first use decoded into <root>/.packed."""
+    name, items = list_pictures(args)
+    stamps = [SCRIPT, args.channels, [(picture, stamp) for picture, (stamp, _) in items.items()]]
+    key = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:12]
+    path = Path(args.root, ".packed", f"{name}-{args.size}-{key}.npy")
     report = path.with_suffix(".left-out.txt")
     if not path.exists():
-        write(path, lambda part: pack_pictures(part, report, list(items), load))
+        write(path, lambda part: pack_pictures(part, report, items, args.size, args.channels))
     if report.exists():
         left_out = len(report.read_text("utf-8").splitlines())
         print(f"{left_out} of {len(items)} pictures cannot be read and are left out: {report} names them")
     return np.load(path, mmap_mode="c")  # copy on write, since torch warns of what is read-only
 
-def pack_pictures(path, report, names, load):
-    """Decode the named pictures in threads into the .npy file `path`; write those that cannot be read to `report`."""
-    def decode(name):
+def pack_pictures(path, report, items, size, channels):
+    """Decode pictures in threads into the .npy file `path`; name those that cannot be read in `report`."""
+    def decode(item):
+        name, (_, load) = item
         try:
-            with load(name) as image:
-                return square(image)
+            with load() as image:
+                return square(image, size, channels)
         except Exception as error:  # a broken file can raise anything; the report says what
             return f"{name}: {one_line(error)}"
 
     def header(count):  # numpy pads it, so its length does not depend on the count
-        head = dict(descr="|u1", fortran_order=False, shape=(count, SIZE, SIZE, 3))
+        head = dict(descr="|u1", fortran_order=False, shape=(count, size, size, channels))
         np.lib.format.write_array_header_1_0(file, head)
 
-    Image.MAX_IMAGE_PIXELS, failed = 1 << 27, []
+    Image.MAX_IMAGE_PIXELS, failed, items = 1 << 27, [], list(items.items())
     with open(path, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
-        header(len(names))
-        for start in tqdm(range(0, len(names), 256), desc=f"packing {len(names)} pictures", unit="x 256"):
-            for result in pool.map(decode, names[start : start + 256]):  # few at a time: they do not pile up
+        header(len(items))
+        for start in tqdm(range(0, len(items), 256), desc=f"packing {len(items)} pictures", unit="x 256"):
+            for result in pool.map(decode, items[start : start + 256]):  # few at a time: they do not pile up
                 failed.append(result) if isinstance(result, str) else file.write(result)
         file.seek(0)
-        header(len(names) - len(failed))
-    if len(failed) == len(names):
-        raise UserError(f"none of the {len(names)} pictures can be read; the first is {failed[0]}")
+        header(len(items) - len(failed))
+    if len(failed) == len(items):
+        raise UserError(f"none of the {len(items)} pictures can be read; the first is {failed[0]}")
     if failed:
         write(report, lambda part: part.write_text("\n".join(failed) + "\n", "utf-8", "backslashreplace"))
 
-def batches(pack, args, device, rank, world, step):
-    """Yield this rank's batches after `step`, uint8 B,H,W,C on the device; their order follows from seed and epoch.
+def hold_out(args, count):
+    """(numbers of the pictures to train on, numbers of those held out), of `count`, at random by --seed."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(args.seed))
+    held_out = int(args.held_out * count)
+    return order[held_out:], order[:held_out]
 
-    A pack that half of the GPU's free memory can hold is moved there; else a thread reads one batch ahead.
+def batches(pack, kept, args, device, rank, world, step):
+    """Yield this rank's batches after `step` of the pictures number `kept`, uint8 B,H,W,C on the device.
+
+    Their order follows from seed and epoch. A pack that half of the GPU's free memory can hold is moved there; else a
+    thread reads one batch ahead.
     """
     data, size, orders = torch.from_numpy(pack), args.batch_size, {}
-    steps = len(data) // (size * world)
+    steps = len(kept) // (size * world)
     if device.type == "cuda" and pack.nbytes < torch.cuda.mem_get_info()[0] / 2:
         data = data.to(device)
 
@@ -344,7 +393,7 @@ def batches(pack, args, device, rank, world, step):
         if epoch not in orders:
             orders.clear()
             generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
-            orders[epoch] = torch.randperm(len(data), generator=generator).to(data.device)
+            orders[epoch] = kept[torch.randperm(len(kept), generator=generator)].to(data.device)
         batch = data[orders[epoch][start : start + size]]
         return batch.pin_memory() if device.type == "cuda" and not batch.is_cuda else batch
 
@@ -363,11 +412,11 @@ def to_float(batch, uniform, flip):
 def augment(x, uniform):
     """Differentiable augmentation (Zhao et al. 2020) of N,C,H,W by 7 of N,8 uniform numbers: colour, shift, cutout."""
     (n, _, h, w), u = x.shape, uniform[:, 1:, None, None, None].unbind(1)  # u: 7 of N,1,1,1
-    x = x + (u[0] - 0.5)
-    grey = x.mean(1, keepdim=True)
-    x = (x - grey) * (2 * u[1]) + grey
-    mean = x.mean((1, 2, 3), keepdim=True)
-    x = (x - mean) * (u[2] + 0.5) + mean
+    bright, saturation, contrast = u[0] - 0.5, 2 * u[1], u[2] + 0.5
+    grey = x.mean(1, keepdim=True)  # N,1,H,W
+    mean = grey.mean((2, 3), keepdim=True)
+    rest = contrast * (1 - saturation) * grey + (1 - contrast) * mean + bright
+    x = torch.addcmul(rest, x, contrast * saturation)  # the three one after the other, in one pass
     down, right = torch.arange(h, device=x.device), torch.arange(w, device=x.device)
     hole = ((down[:, None] / h - u[5]).abs() < 0.25) & ((right / w - u[6]).abs() < 0.25)
     x = F.pad(x.masked_fill(hole, 0.0), (w // 8, w // 8, h // 8, h // 8))
@@ -379,7 +428,7 @@ def augment(x, uniform):
 
 # %% Run folder
 # --- shared: run folder ---
-COLUMNS = "step,epoch,seconds,images,loss_d,loss_g,d_real,d_fake".split(",")
+COLUMNS = "step", "epoch", "seconds", "images", *METRICS  # of metrics.csv, and where pictures are held out two more
 STATE = "G", "D", "ema", "opt_g", "opt_d", "scaler"
 
 def write(path, make):
@@ -419,31 +468,37 @@ def spread(images):
     return (torch.pdist(flat).mean() / flat.shape[1] ** 0.5).item()
 
 def draw_run(out, rows, real, fake):
-    """losses.png and scores.png from the rows of metrics.csv, comparison.png, and evolution.gif from samples/."""
+    """CURVES from the rows of metrics.csv, comparison.png, and evolution.gif from samples/."""
     from matplotlib.figure import Figure  # here, since it takes half a second, and a run should begin at once
-    data, window = np.array(rows, float), max(1, len(rows) // 50)
-    for name, unit, first in ("losses", "loss", 4), ("scores", "mean verdict (1 is real)", 6):
+    window, steps = max(1, len(rows) // 50), [int(row["step"]) for row in rows]
+    for name, (title, unit, columns) in CURVES.items():
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.subplots()
-        axes.set(title=f"{SCRIPT}: {name} of discriminator and generator", xlabel="step", ylabel=unit)
-        for column, colour in (first, "tab:blue"), (first + 1, "tab:orange"):
-            smooth = np.convolve(data[:, column], np.ones(window) / window, "valid")
-            axes.plot(data[:, 0], data[:, column], color=colour, alpha=0.3)
-            axes.plot(data[window - 1 :, 0], smooth, color=colour, label=COLUMNS[column])
-        axes.legend()
-        write(out / f"{name}.png", figure.savefig)
+        axes.set(title=f"{SCRIPT}: {title}", xlabel="step", ylabel=unit)
+        for column, colour in zip(columns, ("tab:blue", "tab:orange")) if columns[0] in rows[0] else ():
+            values = np.array([row[column] for row in rows], float)
+            axes.plot(steps, values, color=colour, alpha=0.3)
+            smooth = np.convolve(values, np.ones(window) / window, "valid")
+            axes.plot(steps[window - 1 :], smooth, color=colour, label=column)
+        if axes.lines:
+            axes.legend()
+            write(out / f"{name}.png", figure.savefig)
     figure = Figure(figsize=(12, 6.4), layout="constrained")
     for axes, images, title in zip(figure.subplots(1, 2), (real, fake), ("real", "generated")):
         axes.set(title=title, xticks=[], yticks=[])
         axes.imshow(to_grid(images))
     write(out / "comparison.png", figure.savefig)
     files = sorted((out / "samples").glob("epoch_*.png"))
-    files = [files[i] for i in sorted({len(files) * k // 100 for k in range(100)})]  # at most 100
-    first, *rest = (ImageOps.contain(Image.open(file), (512, 512)) for file in files)
-    write(out / "evolution.gif", lambda part: first.save(part, save_all=True, append_images=rest, duration=250, loop=0))
+    files = [files[i] for i in sorted({len(files) * k // 100 for k in range(100)} | {len(files) - 1})]  # about 100
+    save_gif(out / "evolution.gif", (Image.open(file) for file in files), 250)
+
+def save_gif(path, frames, milliseconds):
+    """PIL pictures as an animation without end, each frame in at most 512x512."""
+    first, *rest = (ImageOps.contain(frame, (512, 512)) for frame in frames)
+    write(path, lambda part: first.save(part, save_all=True, append_images=rest, duration=milliseconds, loop=0))
 
 def open_run(args, config, resumed):
-    """Make the run folder and config.json, an earlier run moved aside; returns log(values, step) of --logger."""
+    """Make the run folder and config.json, an earlier run moved aside; returns log(step, values, picture)."""
     out = Path(args.out)
     if not resumed and (out / "checkpoint.pt").exists():
         if Path.cwd().is_relative_to(out.resolve()):
@@ -457,14 +512,23 @@ def open_run(args, config, resumed):
     try:
         if args.logger == "wandb":
             import wandb
-            return wandb.init(project=SCRIPT, dir=out, config=config).log
+            wandb.finish()  # the run of the class, or of the notebook's cell, before this one
+            run = wandb.init(project=SCRIPT, dir=out, config=config)
+            return lambda step, values, picture=None: run.log(
+                values if picture is None else dict(values, samples=wandb.Image(picture)), step)
         if args.logger == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
             writer = SummaryWriter(out / "tensorboard")
-            return lambda values, step: [writer.add_scalar(name, value, step) for name, value in values.items()]
+
+            def log(step, values, picture=None):
+                for name, value in values.items():
+                    writer.add_scalar(name, value, step)
+                if picture is not None:
+                    writer.add_image("samples", np.asarray(picture), step, dataformats="HWC")
+            return log
     except ImportError as error:
         raise UserError(f"--logger {args.logger} needs a package ({error}): pip install {args.logger}") from None
-    return lambda values, step: None
+    return lambda step, values, picture=None: None
 
 def save_tensors(path, state):
     """torch.save, all or nothing; OSError where the disk is full, which torch has another name for."""
@@ -477,8 +541,9 @@ def save_tensors(path, state):
         raise OSError(f"{path} cannot be written, the one from before is as it was: {one_line(error)}") from None
 
 def save_metrics(out, rows):
-    """Write metrics.csv."""
-    write(out / "metrics.csv", lambda part: part.write_text("\n".join(map(",".join, [COLUMNS, *rows])) + "\n"))
+    """Write metrics.csv from its rows, each a dict of strings."""
+    lines = [rows[0] if rows else COLUMNS, *(row.values() for row in rows)]
+    write(out / "metrics.csv", lambda part: part.write_text("\n".join(map(",".join, lines)) + "\n"))
 
 def save_run(args, nets, rows, step, seconds):
     """Write metrics.csv, then checkpoint.pt, which counts on it, then models.pth."""
@@ -497,14 +562,15 @@ def restore(args, nets, saved):
         optimiser.param_groups[0].update(nets.adam)  # as this device wants them, not the one of the checkpoint
     for name in ("last", "sums"):
         getattr(nets, name).copy_(saved[name])
-    rows = [line.split(",") for line in Path(args.out, "metrics.csv").read_text().split()[1:]]
-    rows = [row for row in rows if int(row[0]) <= saved["step"] and int(row[0]) % LOG_EVERY == 0]
+    rows = csv.DictReader(Path(args.out, "metrics.csv").read_text().split())
+    rows = [row for row in rows if int(row["step"]) <= saved["step"] and int(row["step"]) % LOG_EVERY == 0]
     return saved["step"], saved["seconds"], rows
 # --- end shared ---
 
 # %% Training
 # --- shared: training ---
 LOG_EVERY = 10  # steps between two readings of the metrics, each of which waits for the device
+MEMORISED = 0.25  # by how much the discriminator may prefer pictures that it was trained on
 
 def pick_device(args):
     """(device, precision, why) for --device and --precision; UserError for one that cannot be used."""
@@ -524,7 +590,8 @@ def pick_device(args):
         kind = "cpu"
     cpuinfo = Path("/proc/cpuinfo")
     flags = set(cpuinfo.read_text().split()) if kind == "cpu" and cpuinfo.exists() else set()
-    bf16 = flags & {"avx512_bf16", "amx_bf16"} or kind == "cuda" and torch.cuda.get_device_capability()[0] >= 8
+    bf16 = "amx_bf16" in flags or {"avx512_bf16", "AuthenticAMD"} <= flags  # Intel's without AMX is slower than fp32
+    bf16 = bf16 or kind == "cuda" and torch.cuda.get_device_capability()[0] >= 8
     best = "bf16" if bf16 else "fp16" if kind == "cuda" else "fp32"  # the fastest that the hardware has
     device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
     if args.precision != "auto":
@@ -551,15 +618,19 @@ def build(args, device, precision):
     dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(precision)
     autocast = functools.partial(torch.autocast, device.type, dtype or torch.bfloat16, enabled=bool(dtype))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    last, sums, pairs = torch.zeros(4, device=device), torch.zeros(4, device=device), list(zip(*floats))
+    last, sums, pairs = (*torch.zeros(2, len(METRICS), device=device), list(zip(*floats)))
     return argparse.Namespace(**{name: value for name, value in locals().items() if name not in ("args", "floats")})
 
 def optimise(nets, loss, optimiser):
     """Back-propagate `loss`, average the gradients over the processes, take a step."""
     optimiser.zero_grad(set_to_none=True)
     nets.scaler.scale(loss).backward()
-    for parameter in optimiser.param_groups[0]["params"] if dist.is_initialized() else ():
-        dist.all_reduce(parameter.grad.div_(dist.get_world_size()))
+    if dist.is_initialized():  # all in one message
+        gradients = [parameter.grad for parameter in optimiser.param_groups[0]["params"]]
+        flat = torch.cat([gradient.flatten() for gradient in gradients]).div_(dist.get_world_size())
+        dist.all_reduce(flat)
+        for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+            gradient.copy_(mean.view_as(gradient))
     nets.scaler.step(optimiser)
 
 def finish_step(nets, weight):
@@ -609,34 +680,56 @@ def read_metrics(nets, step, caught, world):
     if step % LOG_EVERY == 0:
         nets.sums.zero_()
     *means, signals = sums.tolist()
-    return dict(zip(COLUMNS[4:], means)), signals > 0
+    return dict(zip(METRICS, means)), signals > 0
+
+def views(args, pictures):
+    """Pictures, uint8 N,H,W,C, as the discriminator is shown them, N,C,H,W: augmented, in ways that --seed sets."""
+    uniform = torch.rand(len(pictures), 8, generator=torch.Generator().manual_seed(args.seed))
+    x = to_float(torch.from_numpy(pictures), uniform, False)
+    return augment(x, uniform) if args.augment == "on" and len(x) else x
+
+@torch.no_grad()
+def verdicts(nets, seen, held_out):
+    """D(x) of pictures trained on and held out, N,C,H,W each: batch norm as in training, its statistics left alone."""
+    buffers = {name: buffer.clone() for name, buffer in nets.D.named_buffers()}
+    with nets.autocast():
+        logits = [torch.func.functional_call(nets.D, buffers, x) for x in (seen, held_out)]
+    return dict(zip(("d_seen", "d_held_out"), (logit.float().sigmoid().mean().item() for logit in logits)))
 
 def worries(rows, fake, real):
-    """A line if the discriminator has won; another if, 500 steps in, the samples (uint8 N,C,H,W) are all alike."""
-    if len(rows) >= 20 and all(float(row[6]) - float(row[7]) > 0.95 for row in rows[-20:]):
+    """Lines on what has gone wrong, from the rows of metrics.csv and samples (uint8 N,C,H,W) made and real."""
+    late = {name: np.array([row[name] for row in rows[-20:]], float) for name in rows[0]} if len(rows) >= 20 else {}
+    if late and (late["d_real"] - late["d_fake"] > 0.95).all():
         yield "the discriminator has won for 200 steps: a lower --d-lr may help, or --augment on for a small set"
+    if "d_held_out" in late and (late["d_seen"] - late["d_held_out"]).mean() > MEMORISED:
+        yield (f"the discriminator begins to memorise: over 200 steps D(x) is {late['d_seen'].mean():.2f} for pictures "
+               f"trained on, {late['d_held_out'].mean():.2f} for others; more pictures help, --augment on, or to stop")
     if len(rows) >= 50 and spread(fake) < 0.2 * spread(real):
         yield "the samples have become all alike: a lower --lr may help, or --augment on for a small set"
 
 def train(args, saved=None):
     """Train as the arguments say, from the start or from the checkpoint `saved`, into the run folder."""
     (device, precision, why), out = pick_device(args), Path(args.out)
+    if args.resume and not saved:
+        print(f"{out / 'checkpoint.pt'} is not there yet: starting from the beginning")
     fused = use_gan_ops(device, not args.no_fused)
     rank, world = start_processes(device)
     pack = load_pack(args) if rank == 0 else None
     if world > 1:
         dist.barrier()
     pack = load_pack(args) if pack is None else pack
+    kept, held_out = hold_out(args, len(pack))
     images = args.batch_size * world  # a step
-    steps = len(pack) // images  # an epoch
+    steps = len(kept) // images  # an epoch
     if steps == 0:
-        raise UserError(f"a batch of {images} is more than the {len(pack)} pictures: take a smaller --batch-size")
-    if args.augment == "auto":
-        args.augment = "on" if len(pack) < 10_000 and args.data not in ("celeba", "synthetic") else "off"
+        held = f", of which {len(held_out)} are held out" if len(held_out) else ""
+        raise UserError(f"a batch of {images} is more than the {len(pack)} pictures{held}: take a smaller --batch-size")
+    settle(args, pack, steps)
     nets = build(args, device, precision)
     start, seconds, rows = restore(args, nets, saved) if saved else (0, 0.0, [])
     last = min((args.epochs or sys.maxsize) * steps, args.steps or sys.maxsize)
-    about = dict(pictures=len(pack), processes=world, device=str(device), precision=precision, why=why, gan_ops=fused)
+    about = dict(pictures=len(pack), held_out=len(held_out), augment=args.augment, flip=args.flip, processes=world,
+                 device=str(device), precision=precision, why=why, gan_ops=fused)
     if rank == 0:
         print(*(f"{name} {value}" for name, value in about.items()), f"into {out}", sep="; ", flush=True)
         about.update(torch=torch.__version__, python=sys.version, numpy=np.__version__)
@@ -644,10 +737,11 @@ def train(args, saved=None):
     if rank == 0 and not saved:
         save_run(args, nets, rows, 0, 0.0)
     run_step = captured(functools.partial(train_step, nets, args), device.type == "cuda" and precision != "fp16")
-    source, saved_at = batches(pack, args, device, rank, world, start), time.monotonic()
+    source, saved_at = batches(pack, kept, args, device, rank, world, start), time.monotonic()
     began = saved_at - seconds
     fixed = torch.randn(64, Z, generator=torch.Generator().manual_seed(args.seed)).to(device)
-    real, warned, caught = torch.from_numpy(pack[:64]).permute(0, 3, 1, 2), set(), []
+    watched = [views(args, pack[which[: min(64, len(held_out))].numpy()]).to(device) for which in (kept, held_out)]
+    real, warned, caught = torch.from_numpy(pack[kept[:64].numpy()]).permute(0, 3, 1, 2), set(), []
     handlers = {n: signal.signal(n, lambda n, frame: caught.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=last * images, initial=start * images, unit="img", unit_scale=True, disable=rank > 0)
     try:
@@ -657,11 +751,12 @@ def train(args, saved=None):
             epoch, seconds, stop = -(-step // steps), time.monotonic() - began, bool(caught) and world == 1
             if step % LOG_EVERY == 0 or step == last or stop:
                 values, stop = read_metrics(nets, step, caught, world)
+                values.update(verdicts(nets, *watched) if len(held_out) else {})
                 row = step, epoch, round(seconds, 2), step * images, *(f"{value:.6g}" for value in values.values())
-                rows.append([str(value) for value in row])
+                rows.append(dict(zip((*COLUMNS, *list(values)[len(METRICS):]), map(str, row))))
                 bar.set_postfix(epoch=epoch, loss_d=f"{values['loss_d']:.3f}", loss_g=f"{values['loss_g']:.3f}")
                 if rank == 0:
-                    log(values, step)
+                    log(step, values)
                 if not all(map(math.isfinite, values.values())):
                     save_metrics(out, rows) if rank == 0 else None
                     raise UserError(f"the loss at step {step} is not finite; {out}/checkpoint.pt is from before: try "
@@ -669,6 +764,7 @@ def train(args, saved=None):
             if rank == 0 and (step % steps == 0 or step == last):
                 fake = sample(nets.ema, fixed)
                 write(out / "samples" / f"epoch_{epoch:04d}.png", to_grid(fake).save)
+                log(step, {}, to_grid(fake))
                 for worry in set(worries(rows, fake, real)) - warned:
                     warned.add(worry)
                     bar.write(f"warning: {worry}")
@@ -712,7 +808,7 @@ def generate(args, saved):
 
     def npz(part):
         with zipfile.ZipFile(part, "w") as archive, archive.open("images.npy", "w", force_zip64=True) as file:
-            shape = (args.generate, SIZE, SIZE, CHANNELS)
+            shape = (args.generate, args.size, args.size, *[3] * (args.channels == 3))
             np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=shape))
             for batch in pictures:
                 file.write(batch.permute(0, 2, 3, 1).contiguous().numpy())
@@ -724,7 +820,7 @@ def generate(args, saved):
     else:
         path.mkdir(parents=True, exist_ok=True)
         for i, image in enumerate(itertools.chain.from_iterable(pictures)):
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path / f"{i:06d}.png")
+            Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(path / f"{i:06d}.png")
     print(f"{args.generate} pictures: {path}")
 
 def measure(args, saved):
@@ -741,10 +837,11 @@ def measure(args, saved):
         raise UserError(f"--metrics: {one_line(error)}; it needs pip install torchmetrics[image] and, once, "
                         "a network to fetch Inception's weights") from None
     for real, fake in zip(torch.from_numpy(pack[:count]).permute(0, 3, 1, 2).split(64), sampled(args, saved, count)):
-        score.update(fake.to(device))
+        real, fake = (images.expand(-1, 3, -1, -1).to(device) for images in (real, fake))
+        score.update(fake)
         for metric in (fid, kid):
-            metric.update(real.to(device), real=True)
-            metric.update(fake.to(device), real=False)
+            metric.update(real, real=True)
+            metric.update(fake, real=False)
     values = fid.compute(), *kid.compute(), *score.compute()
     print("{} pictures: FID {:.2f}, KID {:.4f} +- {:.4f}, Inception score {:.2f} +- {:.2f}".format(count, *values))
 
@@ -763,6 +860,8 @@ def export(args, saved):
         print(f"{path}: differs from torch by {np.abs(theirs - generator(z).numpy()).max():.1e} at most")
     except ImportError:
         print(f"{path}: written; onnxruntime is not installed, so it is not compared with torch")
+
+USES = dict(generate=generate, metrics=measure, export=export)  # by the flag that asks for each
 # --- end shared ---
 
 # %% Command line
@@ -770,27 +869,28 @@ def make_parser():
     """The command line: this script's own flags, then those of all four."""
     parser = Parser(prog=f"{SCRIPT}.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--scheme", choices=SCHEMES, default="stable", help="stable converges; exact is the slides alone (stable)")
+    add("--scheme", choices=RECIPES, default="stable", help="stable converges; exact is the slides alone (stable)")
     add("--width", type=number(1), default=64, help="channels of the last block, all others in proportion (64)")
     add("--loss", choices=LOSSES, help="bce: BCELoss of sigmoids; logits: BCEWithLogitsLoss (logits; exact: bce)")
     add("--slope", type=number(0, float), help="of LeakyReLU in CSPup, 0 is ReLU (0.2; exact: 0)")
     add("--d-norm", choices=("batch", "spectral", "none"), help="in the discriminator (batch; exact: none)")
     add("--d-convs", type=int, choices=range(1, 6), default=5, help="stride-2 convolutions of the discriminator (5)")
-    add("--d-every", type=number(1), default=1, help="train the discriminator at every k-th step only (1)")
     # --- shared: flags ---
-    add("--data", default="synthetic", help="celeba, synthetic, a folder or a .zip of pictures (synthetic)")
+    add("--data", nargs="+", default=["synthetic"], help="celeba, synthetic, folders or .zips of pictures (synthetic)")
     add("--root", default="data", help="folder where named sets are looked for, and pictures kept decoded (data)")
     add("--classes", nargs="+", default=[], help="only these subfolders of --data")
-    add("--epochs", type=number(1), help="ends the run, if --steps does not before (20, or no limit with --steps)")
+    add("--epochs", type=number(1), help=f"ends the run, if --steps does not before (with neither: {END})")
     add("--steps", type=number(1), help="ends the run, if --epochs does not before")
     add("--batch-size", type=number(2), default=64, help="pictures a step, in each process (64)")
-    add("--lr", type=number(0, float), help="Adam's learning rate for the generator (1e-4; exact: 2e-4)")
-    add("--d-lr", type=number(0, float), help="and for the discriminator (1e-3; exact: 2e-4)")
-    add("--beta1", type=number(0, float, 1), help="Adam's first beta (0; exact: 0.5)")
-    add("--ema", type=number(0, float), default=0.999, help="decay a step of the averaged generator, 0 is none (0.999)")
-    add("--augment", choices=("auto", "on", "off"), default="auto",
-        help="differentiable augmentation; auto is on for a folder or .zip of less than 10,000 pictures")
-    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the pictures")
+    add("--lr", type=number(0, float), help=f"Adam's learning rate for the generator ({by_recipe('lr')})")
+    add("--d-lr", type=number(0, float), help=f"and for the discriminator ({by_recipe('d_lr')})")
+    add("--beta1", type=number(0, float, 1), help=f"Adam's first beta ({by_recipe('beta1')})")
+    add("--d-every", type=number(1), default=1, help="train the discriminator at every k-th step only (1)")
+    add("--ema", type=number(0, float), help=f"decay a step of the averaged generator, 0 is none ({by_recipe('ema')})")
+    add("--augment", choices=("auto", "on", "none"), help=f"differentiable augmentation ({by_recipe('augment')})")
+    add("--flip", action=argparse.BooleanOptionalAction, help=f"mirror half of the pictures ({by_recipe('flip')})")
+    add("--held-out", type=number(0, float, 0.5), help="share of the pictures that is not trained on, to see whether "
+        f"the discriminator memorises the others ({by_recipe('held_out')})")
     add("--seed", type=number(0), default=0, help="of all that is drawn by chance (0)")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="weights stay fp32")
@@ -806,11 +906,18 @@ def make_parser():
     add("--metrics", action="store_true", help="FID, KID and Inception score against --data")
     add("--export", metavar="FILE.onnx", help="the generator as ONNX")
     # --- end shared ---
+    parser.set_defaults(size=SIZE, channels=CHANNELS)
     return parser
 
 # --- shared: command line ---
-FREE = set("""data root epochs steps device precision no_fused compile out save_every resume logger checkpoint generate
-    save metrics export""".split())  # what may differ from the checkpoint's; the other flags must not
+FREE = {  # what may differ from the checkpoint's; the other flags must not
+    *"data root epochs steps device precision no_fused compile out save_every resume logger checkpoint save".split(),
+    *USES}
+
+def by_recipe(name):
+    """For --help: the default of a flag, in the first recipe and, where they differ, in the others."""
+    (_, first), *others = ((recipe, values[name]) for recipe, values in RECIPES.items())
+    return "; ".join([str(first), *(f"{recipe}: {value}" for recipe, value in others if value != first)])
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -833,14 +940,16 @@ def parse(argv):
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset))))
     given = {name: value for name, value in given.items() if value is not unset}
     args = argparse.Namespace(**{**defaults, **given})
+    needs_one = [name for name in USES if name != "per_class"]
+    asked = [name for name in needs_one if getattr(args, name)]
+    if bool(asked) != bool(args.checkpoint):
+        which = " or ".join(f"--{name}" for name in asked or needs_one)
+        raise UserError(f"{which} and --checkpoint go together; to train on: --resume")
     path = Path(args.out, "checkpoint.pt") if args.resume else args.checkpoint
-    if args.resume and not path.exists():
-        print(f"{path} is not there yet: starting from the beginning")
-        path = None
-    saved = load_weights(path) if path else None
-    if bool(args.generate or args.metrics or args.export) != bool(args.checkpoint):
-        raise UserError("--checkpoint goes with --generate, --metrics or --export, they with it; to train on: --resume")
-    kept = dict(saved["config"] if saved else SCHEMES[args.scheme])
+    saved = load_weights(path) if path and not (args.resume and not path.exists()) else None
+    kept = dict(saved["config"] if saved else recipe(args))
+    if saved:  # what auto came to stays
+        given = {name: value for name, value in given.items() if value != "auto" or name in FREE}
     for name in given.keys() - FREE - {"resume" if args.resume else "seed"} if saved else ():
         if given[name] != kept[name]:
             flag = f"--{name.replace('_', '-')}"
@@ -848,16 +957,17 @@ def parse(argv):
     if given.keys() & {"epochs", "steps"}:  # a new end in place of the old one, not besides it
         kept.update(epochs=None, steps=None)
     args = argparse.Namespace(**{**defaults, **{name: kept[name] for name in kept.keys() & defaults.keys()}, **given})
-    args.epochs = args.epochs or (None if args.steps else 20)
+    args.argv = list(argv)
     return args, saved
 
 def main(argv=None):
     """Run the command line `argv`; in a notebook, where sys.argv is the kernel's, the defaults."""
-    if argv is None and "ipykernel" in sys.modules and not sys.argv[0].endswith(f"{SCRIPT}.py"):
-        argv = []
+    if argv is None:
+        in_kernel = "ipykernel" in sys.modules and not sys.argv[0].endswith(f"{SCRIPT}.py")
+        argv = [] if in_kernel else sys.argv[1:]
     try:
         args, saved = parse(argv)
-        use = generate if args.generate else measure if args.metrics else export if args.export else train
+        use = next((USES[name] for name in USES if getattr(args, name)), train)
         return use(args, saved)
     except UserError as error:
         message = error

@@ -1,14 +1,19 @@
 """python benchmarks/diversity.py --checkpoint runs/cspup128/models.pth --data celeba --root data
 
-How varied the pictures of a trained generator are, and how like those of --data, without downloaded weights:
+How varied the pictures of a trained generator are, and how like those of --data, without downloaded weights; of
+whichever script the checkpoint is, and of any size:
 - the mean RMS distance between pairs of 500 pictures, generated and real;
 - the Frechet distance between Gaussians fitted to the pictures averaged down to 16x16 (768 values in [0, 1]);
-- the sliced Wasserstein distance between 7x7 patches of each level of the Laplacian pyramid (Karras et al. 2018).
+- the sliced Wasserstein distance between 7x7 patches of each level of the Laplacian pyramid (Karras et al. 2018);
+- copies: the share of generated pictures whose nearest real one, by RMS distance of 16x16 pixels, is nearer than half
+  of what the nearest other one is from a real picture in the median; and coverage: how many different pictures are
+  nearest to a generated one, over the count. If the run flipped pictures, mirrored ones count as the same.
 Each distance is of --count generated to as many real pictures; its floor is that of other real ones to the same.
 The floor depends on the count and on how many patches a picture gives (32 here, 128 in that paper), so figures
-compare at one count only, and with this program only.
+compare at one count only, and with this program only. Copies and coverage look among all pictures of --data, 20,000
+of them at most, those held out too; the figures beside them are of --count real pictures, each among the others.
 """
-import argparse, sys
+import argparse, importlib, itertools, sys
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +21,15 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import cspup128
-
-PAIRS, LEVELS, PATCH, PATCHES, DIRECTIONS, REPEATS = 500, 4, 7, 32, 128, 1  # PATCHES a picture
+SCRIPTS = "cspup128", "dcgan"
+PAIRS, PATCH, PATCHES, DIRECTIONS, REPEATS = 500, 7, 32, 128, 1  # PATCHES a picture
+LEAST, MOST = 1000, 20_000  # pictures for a covariance that says something, and to look for the nearest among
 
 
 def pooled(images):
-    """uint8 N,3,128,128 averaged to 16x16, as float64 N,768 in [0, 1]."""
-    parts = [F.avg_pool2d(part.float(), cspup128.SIZE // 16) for part in images.split(256)]
-    return torch.cat(parts).flatten(1).double().div(255).numpy()
+    """uint8 N,3,H,W averaged to 16x16, as float64 N,768 in [0, 1]."""
+    parts = [F.avg_pool2d(part.float(), part.shape[-1] // 16) for part in images.split(256)]
+    return torch.cat(parts).flatten(1).double().div(255)
 
 
 def frechet(a, b):
@@ -44,10 +49,10 @@ def blur(x):
 
 
 def pyramid_level(x, level):
-    """One level of the Laplacian pyramid of N,C,H,W; the last of LEVELS is what is left, not a difference."""
+    """One level of the Laplacian pyramid of N,C,H,W; the last one, of 16x16, is what is left, not a difference."""
     for _ in range(level):
         x = blur(x)[..., ::2, ::2]
-    if level == LEVELS - 1:
+    if x.shape[-1] == 16:
         return x
     up = torch.zeros_like(x)
     up[..., ::2, ::2] = blur(x)[..., ::2, ::2]
@@ -79,49 +84,97 @@ def sliced_wasserstein(sets, target, generator):
     return (1000 * total / REPEATS).tolist()
 
 
-def load(options):
-    """(generated, real, other real, device): uint8 N,3,128,128, drawn by chance from the seed."""
+def nearest(rows, views, others=False):
+    """(RMS distances, numbers) of the pictures nearest to the pooled `rows` in any of `views`, N,768 each.
+
+    others: the rows are the first ones of the views, and each looks among all but itself.
+    """
+    found = []
+    for start in range(0, len(rows), 128):
+        part = rows[start : start + 128]
+        distances = torch.stack([torch.cdist(part, view) for view in views]).amin(0)  # 128,N
+        if others:
+            distances[range(len(part)), range(start, start + len(part))] = torch.inf
+        found.append(distances.min(1))
+    distances, numbers = (torch.cat(values) for values in zip(*found))
+    return distances / rows.shape[1] ** 0.5, numbers
+
+
+def copies(fake, real, flip):
+    """[(share of copies, coverage) of generated pictures, the same of as many of the real ones], from pooled rows."""
+    views = [real, real.unflatten(1, (-1, 16, 16)).flip(3).flatten(1)] if flip else [real]
+    made, others = nearest(fake, views), nearest(real[: len(fake)], views, others=True)
+    near = others[0].median() / 2
+    return [((distances < near).double().mean().item(), len(numbers.unique()) / len(fake))
+            for distances, numbers in (made, others)]
+
+
+def script_of(path):
+    """The module of the script that wrote a checkpoint; of a file that is none, one that will say so."""
+    try:
+        name = torch.load(path, map_location="cpu", weights_only=True)["config"]["script"]
+    except Exception:  # a missing, cut or foreign file fails in many ways
+        name = SCRIPTS[0]
+    return importlib.import_module(name if name in SCRIPTS else SCRIPTS[0])
+
+
+def load(script, options):
+    """(generated, real, other real, pooled rows of these and more, device, whether mirrored ones are the same).
+
+    Pictures are uint8 N,3,H,W; the real ones are drawn by chance from the seed.
+    """
     flags = ["--checkpoint", options.checkpoint, "--device", options.device, "--seed", str(options.seed)]
-    flags += ["--data", options.data] if options.data else []  # else the checkpoint's own
-    args, saved = cspup128.parse([*flags, "--root", options.root, "--generate", "1"])
-    device, pack = cspup128.pick_device(args)[0], cspup128.load_pack(args)
+    flags += ["--data", *options.data] if options.data else []  # else the checkpoint's own
+    args, saved = script.parse([*flags, "--root", options.root, "--generate", "1"])
+    device, pack = script.pick_device(args)[0], script.load_pack(args)
     count = min(options.count, len(pack) // 2)
+    if count < 2:
+        raise script.UserError(f"{len(pack)} pictures are too few for two sets")
     if count < options.count:
         print(f"{len(pack)} pictures are not enough for two sets of {options.count}: taking {count}")
-    order = torch.randperm(len(pack), generator=torch.Generator().manual_seed(options.seed))[: 2 * count].numpy()
-    real, other = torch.from_numpy(pack[order]).permute(0, 3, 1, 2).split(count)
-    return torch.cat(list(cspup128.sampled(args, saved, count))), real, other, device
+    order = torch.randperm(len(pack), generator=torch.Generator().manual_seed(options.seed))[: max(2 * count, MOST)]
+    parts = (torch.from_numpy(pack[part.numpy()]).permute(0, 3, 1, 2) for part in order.split(count))
+    sets = [next(parts), next(parts)]
+    rows = torch.cat([pooled(part) for part in itertools.chain(sets, parts)])
+    return torch.cat(list(script.sampled(args, saved, count))), *sets, rows, device, bool(args.flip)
 
 
 def main():
     about = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
     parser.add_argument("--checkpoint", required=True, help="models.pth or checkpoint.pt of a run")
-    parser.add_argument("--data", help="as of cspup128.py (the set the checkpoint was trained on)")
-    parser.add_argument("--root", default="data", help="as of cspup128.py (data)")
+    parser.add_argument("--data", nargs="+", help="as of the script (the set the checkpoint was trained on)")
+    parser.add_argument("--root", default="data", help="as of the script (data)")
     parser.add_argument("--count", type=int, default=2000, help="pictures in each set (2000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
+    script = script_of(options.checkpoint)
     try:
-        fake, real, other, device = load(options)
-    except cspup128.UserError as error:
+        fake, real, other, rows, device, flip = load(script, options)
+    except script.UserError as error:
         parser.error(str(error))
     print(f"{options.checkpoint}: {len(fake)} generated pictures against {len(real)} real ones")
-    ours, theirs = cspup128.spread(fake[:PAIRS]), cspup128.spread(real[:PAIRS])
+    ours, theirs = script.spread(fake[:PAIRS]), script.spread(real[:PAIRS])
     print(f"mean RMS distance between pairs of {len(fake[:PAIRS])}: generated {ours:.4f}, real {theirs:.4f}, "
           f"ratio {ours / theirs:.3f}")
-    values = [pooled(images) for images in (fake, other, real)]
+    made = pooled(fake)
+    if len(fake) < LEAST:
+        print(f"the covariance of {made.shape[1]} values from so few pictures ({len(fake)}, less than {LEAST}) is rank "
+              "deficient, or nearly: Frechet distances of this count compare with each other only")
     print("Frechet distance of 16x16 pixels: generated {:.3f}, floor {:.3f}".format(
-        *(frechet(rows, values[-1]) for rows in values[:-1])))
+        *(frechet(x.numpy(), rows[: len(fake)].numpy()) for x in (made, rows[len(fake) : 2 * len(fake)]))))
     generator, found = torch.Generator().manual_seed(options.seed), []
-    for level in range(LEVELS):
+    for level in range((fake.shape[-1] // 16).bit_length()):
         *sets, target = (descriptors(images, level, generator, device) for images in (fake, other, real))
         found.append(sliced_wasserstein(sets, target, generator))
         print("sliced Wasserstein distance x 1000 at {0}x{0}: generated {1:.2f}, floor {2:.2f}".format(
-            cspup128.SIZE >> level, *found[-1]), flush=True)
+            fake.shape[-1] >> level, *found[-1]), flush=True)
     print("sliced Wasserstein distance x 1000, mean of the levels: generated {:.2f}, floor {:.2f}".format(
         *np.mean(found, axis=0)))
+    (share, coverage), (real_share, real_coverage) = copies(made, rows, flip)
+    print(f"nearest of {len(rows)} real pictures: copies {share:.3f} of the generated, {real_share:.3f} of real "
+          f"ones; coverage {coverage:.3f}, of real ones {real_coverage:.3f}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""python benchmarks/memory.py: what a training step of cspup128 keeps for backward, with gan_ops and without.
+"""python benchmarks/memory.py: what a training step of --script keeps for backward, with gan_ops and without.
 
 The tensors that autograd saves between forward and backward, each storage counted once, parameters left out: they are
-what a step's memory grows by. On CUDA also the peak of a whole step. Flags not listed below go to cspup128: --width (64),
---batch-size (32 here), --precision, ...
+what a step's memory grows by. On CUDA also the peak of a whole step. Flags not listed below go to the script: --width
+(64), --batch-size (here 32; dcgan 64), --recipe (here classic), --precision, ...
 """
 import argparse
 
 import torch
 
-from pack import cspup128, machine
+from pack import machine, read_flags
 
 
 def kept(network, x, autocast):
@@ -27,41 +27,41 @@ def kept(network, x, autocast):
     return sum(storage.nbytes() for storage in storages.values()) / 2**20
 
 
-def peak(nets, args, inputs):
+def peak(script, nets, args, inputs):
     """MiB of GPU memory at the peak of a step beyond what is held before it."""
-    cspup128.train_step(nets, args, inputs)
+    script.train_step(nets, args, inputs)
     held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    cspup128.train_step(nets, args, inputs)
+    script.train_step(nets, args, inputs)
     return (torch.cuda.max_memory_allocated() - held) / 2**20
 
 
-def measure(args, device, precision, fused):
+def measure(script, args, device, precision, fused):
     """The figures of one side, by name."""
-    state = cspup128.use_gan_ops(device, fused)
+    state = script.use_gan_ops(device, fused)
     if fused and state != "serves":
-        raise cspup128.UserError(f"gan_ops {state}")
-    nets = cspup128.build(args, device, precision)
-    z = torch.randn(args.batch_size, cspup128.Z, device=device)
-    real = torch.randint(256, (args.batch_size, cspup128.SIZE, cspup128.SIZE, 3), dtype=torch.uint8, device=device)
-    pictures = cspup128.to_float(real, torch.rand(args.batch_size, 8, device=device), False)
+        raise script.UserError(f"gan_ops {state}")
+    nets = script.build(args, device, precision)
+    z = torch.randn(args.batch_size, script.Z, device=device)
+    real = torch.randint(256, (args.batch_size, args.size, args.size, args.channels), dtype=torch.uint8, device=device)
+    pictures = script.to_float(real, torch.rand(args.batch_size, 8, device=device), False)
     figures = {"generator": kept(nets.G, z, nets.autocast), "discriminator": kept(nets.D, pictures, nets.autocast)}
     if device.type == "cuda":
-        figures["peak of a step"] = peak(nets, args, (real, *cspup128.draws(args, 1, device, 0, 1)))
+        figures["peak of a step"] = peak(script, nets, args, (real, *script.draws(args, 1, device, 0, 1)))
     return figures
 
 
 def main():
     about = dict(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser = argparse.ArgumentParser(**about)
-    _, others = parser.parse_known_args()
+    script, _, others = read_flags(parser)
     try:
-        args, _ = cspup128.parse(["--batch-size", "32", *others])
-        args.augment = "off"
-        device, precision, _ = cspup128.pick_device(args)
+        args, _ = script.parse(others)
+        args.augment = "none"
+        device, precision, _ = script.pick_device(args)
         print(*(f"{name} {value}" for name, value in machine().items()), device, precision, sep="; ")
-        with_it, without = (measure(args, device, precision, fused) for fused in (True, False))
-    except cspup128.UserError as error:
+        with_it, without = (measure(script, args, device, precision, fused) for fused in (True, False))
+    except script.UserError as error:
         parser.error(str(error))
     for name, figure in with_it.items():
         print(f"{name}: {figure:.0f} MiB with gan_ops, {without[name]:.0f} without: {figure / without[name]:.2f}")

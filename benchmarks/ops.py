@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from pack import cspup128, machine
+from pack import machine  # which makes the scripts' folder known
+import cspup128
 
 BN_ACT, SEAM, SUM, ACT_BN = "batch norm, LeakyReLU", "split-add", "split-add, unsplit", "LeakyReLU, batch norm"
 PLACES = {  # channels and height; of 2-D inputs, channels

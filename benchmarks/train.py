@@ -1,10 +1,11 @@
-"""python benchmarks/train.py: images/second of training, cspup128's way against the usual way.
+"""python benchmarks/train.py: images/second of training, our way against the usual way; --script dcgan: of that one.
 
 Both, and ours without gan_ops where that is installed, train the same networks on the same pictures, in one process
-and in turn, a round of one after a round of the other. Ours is what cspup128.py does: its pack, its precision, channels_last, fused Adam, gan_ops where installed,
-a CUDA graph on CUDA, and its flips and averaged generator besides. The usual way is that of PyTorch's DCGAN example:
-a DataLoader over JPEG files, eager fp32 with torch's own settings, contiguous, plain Adam, .item() of both losses at
-each step. Flags not listed below go to cspup128: --width (64), --batch-size (32 here), --device, --precision, ...
+and in turn, a round of one after a round of the other. Ours is what the script does: its pack, its precision,
+channels_last, fused Adam, gan_ops where installed, a CUDA graph on CUDA, and its averaged generator (and flips, where
+it has them) besides. The usual way is that of PyTorch's DCGAN example: a DataLoader over JPEG files, eager fp32 with
+torch's own settings, contiguous, plain Adam, .item() of both losses at each step. Flags not listed below go to the
+script: --width (64), --batch-size (here 32; dcgan 64), --recipe (here classic), --device, --precision, ...
 """
 import argparse, functools, itertools, json, statistics, tempfile, time
 from pathlib import Path
@@ -12,48 +13,70 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from pack import cspup128, machine, make_faces
+from pack import machine, picture_folder, read_flags
 
 
 class Pictures(Dataset):
     """Picture files, opened, cropped and normalised as the DCGAN example does it."""
-    transform = transforms.Compose([
-        transforms.Resize(cspup128.SIZE), transforms.CenterCrop(cspup128.SIZE), transforms.ToTensor(),
-        transforms.Normalize((0.5,) * 3, (0.5,) * 3)])
-
-    def __init__(self, files):
-        self.files = files
+    def __init__(self, files, size, channels):
+        self.files, self.mode = files, "RGB" if channels == 3 else "L"
+        self.transform = transforms.Compose([
+            transforms.Resize(size), transforms.CenterCrop(size), transforms.ToTensor(),
+            transforms.Normalize([0.5], [0.5])])
 
     def __len__(self):
         return len(self.files)
 
     def __getitem__(self, index):
         with Image.open(self.files[index]) as image:
-            return self.transform(image.convert("RGB"))
+            return self.transform(image.convert(self.mode))
 
 
-def make_ours(args, device, precision):
-    """(a function that opens a source of batches, a function that trains on one)."""
-    run_step = functools.partial(cspup128.train_step, cspup128.build(args, device, precision), args)
-    run_step = cspup128.captured(run_step, device.type == "cuda" and precision != "fp16")
-    source, numbers = cspup128.batches(cspup128.load_pack(args), args, device, 0, 1, 0), itertools.count(1)
+def make_ours(script, args, device, precision, rank=0, world=1):
+    """(a function that opens a source of batches, one that trains on one and returns its losses, the generator)."""
+    pack, numbers = script.load_pack(args), itertools.count(1)
+    kept, _ = script.hold_out(args, len(pack))
+    if len(kept) < args.batch_size * world:
+        raise script.UserError(f"a batch of {args.batch_size * world} is more than the {len(kept)} pictures")
+    args.augment = "none" if args.augment == "auto" else args.augment  # the usual way has none
+    script.settle(args, pack, 1)
+    nets = script.build(args, device, precision)
+    run_step = functools.partial(script.train_step, nets, args)
+    run_step = script.captured(run_step, device.type == "cuda" and precision != "fp16")
+    source = script.batches(pack, kept, args, device, rank, world, 0)
 
     def step(real):
-        run_step((real, *cspup128.draws(args, next(numbers), device, 0, 1)), True)
-    return lambda: source, step
+        run_step((real, *script.draws(args, next(numbers), device, rank, world)), True)
+        return nets.last[:2]
+    return lambda: source, step, nets.ema
 
 
-def make_usual(args, device, workers):
-    """The same two for the usual way; its worker processes live for one round, so they never slow ours down."""
-    torch.manual_seed(args.seed)
-    g, d = (net.to(device) for net in cspup128.make_networks(args))
-    adam = functools.partial(torch.optim.Adam, betas=(0.5, 0.999), fused=False)
+def as_usual(script, network):
+    """The same network as the DCGAN example would write it: torch's own batch norm, activations in place."""
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if type(child) is script.BatchNormLeakyReLU:
+                norm = nn.BatchNorm2d(child.num_features)
+                norm.load_state_dict(child.state_dict())
+                activation = nn.LeakyReLU(child.slope, inplace=True) if child.slope else nn.ReLU(inplace=True)
+                setattr(module, name, nn.Sequential(norm, activation))
+            elif isinstance(child, nn.LeakyReLU):
+                child.inplace = True
+    return network
+
+
+def make_usual(script, args, device, workers):
+    """The same three of the usual way; its worker processes live for one round, so they never slow ours down."""
+    torch.manual_seed(args.seed)  # and so the weights that ours begins with
+    g, d = (as_usual(script, net).to(device) for net in script.make_networks(args))
+    adam = functools.partial(torch.optim.Adam, betas=(args.beta1, 0.999), fused=False)
     opt_g, opt_d, criterion = adam(g.parameters(), args.lr), adam(d.parameters(), args.d_lr), nn.BCEWithLogitsLoss()
-    data = Pictures([Path(args.data, name) for name in cspup128.list_pictures(args)[1]])
-    endless = RandomSampler(data, replacement=True, num_samples=1 << 40)  # no pause between two epochs
+    files = [Path(args.data[0], name) for name in script.list_pictures(args)[1]]
+    endless = (i for _ in itertools.count() for i in torch.randperm(len(files)).tolist())  # no pause between two epochs
+    data = Pictures(files, args.size, args.channels)
     loader = DataLoader(data, args.batch_size, sampler=endless, num_workers=workers, drop_last=True)
 
     def step(real):
@@ -62,7 +85,7 @@ def make_usual(args, device, workers):
         d.zero_grad()
         loss_real = criterion(d(real), ones)
         loss_real.backward()
-        fake = g(torch.randn(len(real), cspup128.Z, device=device))
+        fake = g(torch.randn(len(real), script.Z, device=device))
         loss_fake = criterion(d(fake.detach()), zeros)
         loss_fake.backward()
         opt_d.step()
@@ -71,7 +94,12 @@ def make_usual(args, device, workers):
         loss_g.backward()
         opt_g.step()
         return (loss_real + loss_fake).item(), loss_g.item()
-    return lambda: iter(loader), step
+    return lambda: iter(loader), step, g
+
+
+def lengths(device, steps=None):
+    """(steps that warm up, timed steps in a round, unless `steps` says); ours captures its graph at the 4th call."""
+    return (10, steps or 50) if device.type == "cuda" else (1, steps or 4)
 
 
 def measure(source, step, warm, steps, device):
@@ -88,25 +116,26 @@ def measure(source, step, warm, steps, device):
     return time.perf_counter() - began, waited
 
 
-def compare(args, options):
+def compare(script, args, options):
     """Run the rounds and print them; returns all figures as a dict."""
-    device, precision, _ = cspup128.pick_device(args)
-    cuda, fused = device.type == "cuda", cspup128.use_gan_ops(device, not args.no_fused)
-    warm, steps = 10 if cuda else 1, options.steps or (50 if cuda else 4)  # ours captures its graph at the 4th call
-    about = dict(machine(), threads=torch.get_num_threads(), device=str(device), precision=precision, gan_ops=fused,
-                 width=args.width, batch=args.batch_size, steps=steps, warm=warm, workers=options.workers)
+    device, precision, _ = script.pick_device(args)
+    cuda, fused = device.type == "cuda", script.use_gan_ops(device, not args.no_fused)
+    warm, steps = lengths(device, options.steps)
+    about = dict(machine(), script=script.SCRIPT, threads=torch.get_num_threads(), device=str(device),
+                 precision=precision, gan_ops=fused, width=args.width, batch=args.batch_size, steps=steps, warm=warm,
+                 workers=options.workers)
     print(*(f"{name} {value}" for name, value in about.items()), sep="; ", flush=True)
     names = ["ours", *["without gan_ops"] * (fused == "serves"), "usual"]
     sides, rates, waits, peaks = {}, {name: [] for name in names}, {name: [] for name in names}, {}
     for number, name in itertools.product(range(options.rounds), rates):
-        cspup128.use_gan_ops(device, name == "ours" and not args.no_fused)
+        script.use_gan_ops(device, name == "ours" and not args.no_fused)
         held = torch.cuda.memory_allocated() if cuda else 0
         torch.cuda.reset_peak_memory_stats() if cuda else None
         if number == 0 and name == "usual":
-            sides[name] = make_usual(args, device, options.workers)
+            sides[name] = make_usual(script, args, device, options.workers)
         elif number == 0:
-            sides[name] = make_ours(args, device, precision)
-        start, step = sides[name]
+            sides[name] = make_ours(script, args, device, precision)
+        start, step, _ = sides[name]
         seconds, waited = measure(start(), step, warm, steps, device)
         if cuda and number == 0:  # later rounds replay a graph, which the counter does not see
             peaks[name] = (torch.cuda.max_memory_allocated() - held) / 2**20
@@ -129,21 +158,18 @@ def main():
     about = dict(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser = argparse.ArgumentParser(**about)
     add = parser.add_argument
-    add("--data", default="synthetic", help="a folder of pictures, or synthetic: 512 drawn faces (synthetic)")
+    add("--data", default="synthetic", help="a folder of pictures, or synthetic: 512 drawn ones (synthetic)")
     add("--steps", type=int, help="timed steps in a round (4; on CUDA 50)")
     add("--rounds", type=int, default=3)
     add("--workers", type=int, default=2, help="of the usual way's DataLoader (2)")
     add("--json", type=Path, help="write the results there")
-    options, others = parser.parse_known_args()
+    script, options, others = read_flags(parser)
     with tempfile.TemporaryDirectory() as folder:
-        if options.data == "synthetic":
-            options.data = f"{folder}/faces"
-            make_faces(Path(options.data), 512)
+        data = picture_folder(script, options.data, folder)
         try:
-            args, _ = cspup128.parse(["--batch-size", "32", *others, "--data", options.data, "--root", folder])
-            args.augment = "off" if args.augment == "auto" else args.augment
-            result = compare(args, options)
-        except cspup128.UserError as error:
+            args, _ = script.parse([*others, "--data", data, "--root", folder])
+            result = compare(script, args, options)
+        except script.UserError as error:
             parser.error(str(error))
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")

@@ -1,7 +1,7 @@
 """The marked parts that stand in several scripts: `python tests/shared_parts.py` copies the original over the others.
 
-A part begins with `# --- shared: NAME ---` and ends with `# --- end shared ---`. dcgan.py holds the originals; until
-it stands, cspup128.py does. A script carries the parts that it needs.
+A part begins with `# --- shared: NAME ---` and ends with `# --- end shared ---`. dcgan.py holds the originals. A script
+carries the parts that it needs.
 """
 import re
 import sys

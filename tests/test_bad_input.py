@@ -229,7 +229,7 @@ CHECKPOINTS = {
 }
 
 
-@pytest.mark.parametrize("use", [("--generate", "4"), ("--metrics",), ("--steps", "4")], ids=lambda use: use[0])
+@pytest.mark.parametrize("use", [("--generate", "4"), ("--metrics",)], ids=lambda use: use[0])
 @pytest.mark.parametrize("make, words", CHECKPOINTS.values(), ids=CHECKPOINTS)
 def test_checkpoint_that_cannot_be_read(make, words, use, trained, tmp_path, capsys):
     make(trained, tmp_path / "c.pt")
@@ -237,6 +237,16 @@ def test_checkpoint_that_cannot_be_read(make, words, use, trained, tmp_path, cap
     line = fails(capsys, *use, "--checkpoint", tmp_path / "c.pt", *places)
     assert words in line and str(tmp_path / "c.pt") in line
     assert [path.name for path in tmp_path.iterdir() if path.name != "c.pt"] == []
+
+
+@pytest.mark.parametrize("make, words", list(CHECKPOINTS.values())[1:], ids=list(CHECKPOINTS)[1:])
+def test_resume_from_a_checkpoint_that_cannot_be_read(make, words, trained, tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    make(trained, out / "checkpoint.pt")
+    line = fails(capsys, "--resume", "--out", out, "--steps", 4)
+    assert words in line and str(out / "checkpoint.pt") in line
+    assert [path.name for path in out.iterdir()] == ["checkpoint.pt"]
 
 
 @pytest.mark.parametrize("save", [torch.save, lambda code, path: path.write_bytes(pickle.dumps(code))],

@@ -380,7 +380,7 @@ def orders(count, size, steps, seed=0, rank=0, world=1, start=0):
     """The numbers of the pictures in `steps` batches after `start`, steps,size, of a set of `count`."""
     pictures = np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], (count, 2, 2, 3)).copy()
     args = arguments("--batch-size", size, "--seed", seed)
-    source = cspup128.batches(pictures, args, torch.device("cpu"), rank, world, start)
+    source = cspup128.batches(pictures, torch.arange(count), args, torch.device("cpu"), rank, world, start)
     batches = torch.stack(list(itertools.islice(source, steps)))
     assert batches.dtype == torch.uint8 and batches.shape[2:] == (2, 2, 3)
     return batches[:, :, 0, 0, 0].numpy()

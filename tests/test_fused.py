@@ -21,7 +21,7 @@ def twins_again():
 def trained(fused, dtype=torch.float32, scheme="stable", noise=0.0, steps=20):
     """The networks after some steps, in one type throughout; `noise` moves the generator's first weights by so much."""
     assert (cspup128.use_gan_ops(CPU, fused) == "serves") == fused
-    args, _ = cspup128.parse(["--width", "4", "--batch-size", "4", "--augment", "off", "--scheme", scheme])
+    args, _ = cspup128.parse(["--width", "4", "--batch-size", "4", "--augment", "none", "--scheme", scheme])
     nets = cspup128.build(args, CPU, "fp32")
     for net in (nets.G, nets.D, nets.ema):
         net.to(dtype)

@@ -8,9 +8,17 @@ import pytest
 from nbclient import NotebookClient
 
 import cspup128
+import dcgan
 
-TEXT = Path(cspup128.__file__).read_text()
-TINY = "--width 2 --batch-size 8 --steps 3 --precision fp32"
+TINY = {cspup128: "--width 2 --batch-size 8 --steps 3 --precision fp32"}
+TINY[dcgan] = f"{TINY[cspup128]} --size 32"
+DEFAULTS = {cspup128: "64 ['synthetic'] runs/cspup128", dcgan: "64 ['synthetic'] runs/dcgan"}
+both = pytest.mark.parametrize("script", [cspup128, dcgan], ids=lambda script: script.SCRIPT)
+
+
+def text_of(script):
+    """The script as it is copied into a notebook."""
+    return Path(script.__file__).read_text()
 
 
 def run_notebook(folder, *cells):
@@ -20,24 +28,31 @@ def run_notebook(folder, *cells):
     return "".join(output.get("text", "") for cell in book.cells for output in cell.outputs)
 
 
-def test_by_writefile(tmp_path, monkeypatch):
+@both
+def test_by_writefile(script, tmp_path, monkeypatch):
     """`!python` is a shell's, so the environment that the tests run in is put first on its PATH."""
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
-    text = run_notebook(tmp_path, f"%%writefile cspup128.py\n{TEXT}", f"!python cspup128.py {TINY} --out run")
+    name = f"{script.SCRIPT}.py"
+    text = run_notebook(tmp_path, f"%%writefile {name}\n{text_of(script)}", f"!python {name} {TINY[script]} --out run")
     assert (tmp_path / "run" / "comparison.png").exists(), text
 
 
-def test_pasted_into_a_cell(tmp_path):
+@both
+def test_pasted_into_a_cell(script, tmp_path):
     """The last line is what a user would edit: main() takes the defaults, main([...]) flags."""
-    pasted = TEXT.replace("    main()\n", f"    main({(TINY + ' --out run').split()})\n")
-    assert pasted != TEXT
-    text = run_notebook(tmp_path, pasted, "print(sorted(p.name for p in Path('run').glob('*.png')))")
-    assert "['comparison.png', 'losses.png', 'scores.png']" in text
+    text = text_of(script)
+    pasted = text.replace("    main()\n", f"    main({(TINY[script] + ' --out run').split()})\n")
+    assert pasted != text
+    shown = run_notebook(tmp_path, pasted, "print(sorted(p.stem for p in Path('run').glob('*.png')))")
+    assert str(sorted({"comparison", *script.CURVES})) in shown
 
 
+@both
 @pytest.mark.parametrize("argv", [None, []])
-def test_in_a_kernel_main_takes_the_defaults(tmp_path, argv):
+def test_in_a_kernel_main_takes_the_defaults(script, tmp_path, argv):
     """The kernel's own sys.argv, -f connection.json, is not taken for flags."""
-    definitions = TEXT[: TEXT.index('if __name__ == "__main__":')]
-    cell = f"train = lambda args, saved: print('WIDTH', args.width, args.data)\nmain({'' if argv is None else argv})"
-    assert "WIDTH 64 synthetic" in run_notebook(tmp_path, definitions, cell)
+    text = text_of(script)
+    definitions = text[: text.index('if __name__ == "__main__":')]
+    call = f"main({'' if argv is None else argv})"
+    cell = f"train = lambda args, saved: print('HAS', args.width, args.data, args.out)\n{call}"
+    assert f"HAS {DEFAULTS[script]}" in run_notebook(tmp_path, definitions, cell)

@@ -2,10 +2,14 @@
 import re
 import shlex
 
+import pytest
+
 import cspup128
+import dcgan
 from shared_parts import TOP
 
 README = (TOP / "README.md").read_text()
+both = pytest.mark.parametrize("script", [cspup128, dcgan], ids=lambda script: script.SCRIPT)
 
 
 def commands(script):
@@ -21,19 +25,41 @@ def test_ci_runs_the_readmes_two_commands():
         assert f"\n{line}\n" in README
 
 
-def test_every_command_of_the_readme_is_understood(tmp_path, monkeypatch):
-    monkeypatch.setattr(cspup128, "load_weights", lambda path: dict(config=vars(cspup128.parse([])[0])))
-    found = commands("cspup128.py")
-    assert len(found) > 5
+@both
+def test_every_command_of_the_readme_is_understood(script, monkeypatch):
+    monkeypatch.setattr(script, "load_weights", lambda path: dict(config=vars(script.parse([])[0])))
+    found = commands(f"{script.SCRIPT}.py")
+    assert len(found) > (5 if script is cspup128 else 3)
     for command in found:
-        args, _ = cspup128.parse(shlex.split(command.replace("&&", "").strip()))
+        args, _ = script.parse(shlex.split(command.replace("&&", "").strip()))
         assert args.width
 
 
-def test_every_flag_is_in_the_readme():
-    flags = [option for action in cspup128.make_parser()._actions for option in action.option_strings]
-    missing = [flag for flag in flags if flag.startswith("--") and flag not in README and not flag.startswith("--no-f")]
-    assert missing == []
+@both
+def test_every_command_of_the_docstring_is_understood(script, monkeypatch):
+    monkeypatch.setattr(script, "load_weights", lambda path: dict(config=vars(script.parse([])[0])))
+    found = re.findall(rf"^    python {script.SCRIPT}.py ([^#\n]*)", script.__doc__, re.MULTILINE)
+    assert len(found) == 3
+    for command in found:
+        assert script.parse(shlex.split(command))[0].width
+
+
+def flags(script):
+    """Every flag of the script, but for those that only take another one back."""
+    found = {option for action in script.make_parser()._actions for option in action.option_strings}
+    return {flag for flag in found if flag.startswith("--") and flag.replace("--no-", "--") not in found - {flag}}
+
+
+@both
+def test_every_flag_is_in_the_readme(script):
+    assert sorted(flag for flag in flags(script) if not re.search(rf"{flag}(?![\w-])", README)) == []
+
+
+@both
+def test_help_has_every_flag_with_what_it_does(script):
+    parser = script.make_parser()
+    text = parser.format_help()
+    assert all(flag in text for flag in flags(script)) and script.__doc__.splitlines()[0] in text
 
 
 def test_pictures_in_the_readme_are_there_and_small():

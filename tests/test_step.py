@@ -18,7 +18,7 @@ SCRIPT = Path(cspup128.__file__)
 
 
 def prepared(*flags, precision="fp32"):
-    args, _ = cspup128.parse(["--width", "2", "--batch-size", "4", "--augment", "off", *flags])
+    args, _ = cspup128.parse(["--width", "2", "--batch-size", "4", "--augment", "none", *flags])
     return args, cspup128.build(args, CPU, precision)
 
 

@@ -202,7 +202,7 @@ def log_with(logger, trained, tmp_path):
 def test_tensorboard_holds_what_metrics_csv_holds(trained, tmp_path):
     events = EventAccumulator(str(log_with("tensorboard", trained, tmp_path)))
     events.Reload()
-    assert sorted(events.Tags()["scalars"]) == sorted(FIELDS)
+    assert sorted(events.Tags()["scalars"]) == sorted(FIELDS) and events.Tags()["images"] == ["samples"]
     header, *rows = [line.split(",") for line in (tmp_path / "run" / "metrics.csv").read_text().splitlines()]
     for name in FIELDS:
         scalars = events.Scalars(name)
