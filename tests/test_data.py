@@ -415,6 +415,18 @@ def test_two_ranks_see_what_one_with_twice_the_batch_sees(count):
     assert np.array_equal(np.concatenate(both, 1), orders(count, 8, 7))
 
 
+# What is left open until the pictures are known
+
+@pytest.mark.parametrize("data, count, augment", [
+    ("set", 9_999, "on"), ("set", 10_000, "none"), ("celeba", 500, "none"), ("synthetic", 4096, "none")])
+def test_augmentation_is_for_small_sets_of_ones_own(data, count, augment):
+    args, given = arguments("--data", data), arguments("--data", data, "--augment", "on", "--steps", 7)
+    for each in (args, given):
+        cspup128.settle(each, np.broadcast_to(np.uint8(0), (count, 2, 2, 3)), count // 64)
+    assert (args.augment, args.epochs, args.steps, args.flip) == (augment, 20, None, True)
+    assert (given.augment, given.epochs, given.steps) == ("on", None, 7)
+
+
 # To floats, and augmentation
 
 def test_to_float_has_the_range_and_the_layout():

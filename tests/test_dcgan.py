@@ -372,6 +372,17 @@ def test_metrics_csv_has_the_verdicts_on_pictures_trained_on_and_held_out(data, 
         assert float(value) == pytest.approx(d(x).sigmoid().mean().item(), abs=1e-4)
 
 
+def test_the_comparison_shows_the_first_64_pictures_that_are_trained_on(data, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(dcgan, "draw_run", lambda out, rows, real, fake: drawn.append((real, fake)))
+    run("--data", crests(tmp_path / "set", 70, size=32), *data[2:], "--out", tmp_path / "run", "--steps", 1)
+    pack = dcgan.load_pack(parsed("--data", tmp_path / "set", *data[2:]))
+    kept, held_out = dcgan.hold_out(parsed(), 70)
+    ((real, fake),) = drawn
+    assert len(held_out) == 3 and fake.shape == (64, 3, 32, 32)
+    assert np.array_equal(real.permute(0, 2, 3, 1), pack[kept.numpy()[:64]])
+
+
 def test_watching_for_memory_changes_no_weight(data, tmp_path, undrawn, monkeypatch):
     run(*data, "--out", tmp_path / "watched", "--steps", 12)
     monkeypatch.setattr(dcgan, "verdicts", lambda nets, *watched: dict(d_seen=0.5, d_held_out=0.5))
@@ -434,6 +445,7 @@ def drawn(count, size=32):
 
 
 def settled(pack, *flags, steps=100):
+    """The arguments once a pack, of which an epoch is so many steps, has decided what they left open."""
     args = parsed(*flags)
     dcgan.settle(args, pack, steps)
     return args
@@ -489,6 +501,12 @@ def test_a_run_without_an_end_is_twenty_epochs_or_the_more_that_5000_steps_are(c
     args = settled(np.broadcast_to(np.uint8(200), (count, 4, 4, 3)), "--batch-size", batch, steps=steps)
     assert args.epochs * steps >= 5000 and args.steps is None
     assert args.epochs == 20 or (args.epochs - 1) * steps < 5000
+
+
+def test_an_end_that_is_not_given_is_kept_to(data, tmp_path, undrawn, monkeypatch):
+    monkeypatch.setattr(dcgan, "STEPS", 101)  # of 5 an epoch: 43 pictures are trained on
+    run(*data, "--out", tmp_path)
+    assert step_of(tmp_path) == 105 and len(list((tmp_path / "samples").iterdir())) == 21
 
 
 def test_an_end_that_is_given_stays():
@@ -926,15 +944,16 @@ def test_wandb_offline_holds_all_metrics_and_the_samples(data, tmp_path, undrawn
     monkeypatch.setenv("WANDB_MODE", "offline")
     for name in ("CACHE", "CONFIG", "DATA"):
         monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / "home"))
-    run(*data, "--out", tmp_path / "run", "--steps", 12, "--logger", "wandb")
+    for name, steps in (("before", 1), ("run", 12)):  # in one process, as classes are
+        run(*data, "--out", tmp_path / name, "--steps", steps, "--logger", "wandb")
     wandb.finish()
     wandb.teardown()  # its service writes the file until it ends
-    (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    (folder,), (other,) = ((tmp_path / name / "wandb").glob("offline-run-*") for name in ("run", "before"))
     (file,) = folder.glob("*.wandb")
     assert all(name.encode() in file.read_bytes() for name in COLUMNS)
     pictures = sorted(folder.rglob("samples_*.png"), key=lambda path: int(path.name.split("_")[1]))
     samples = sorted((tmp_path / "run" / "samples").iterdir())
-    assert len(pictures) == len(samples) == 3
+    assert len(pictures) == len(samples) == 3 and len(list(other.rglob("samples_*.png"))) == 1
     for picture, expected in zip(pictures, samples):
         assert np.array_equal(np.asarray(Image.open(picture)), np.asarray(Image.open(expected)))
 
