@@ -902,7 +902,7 @@ def make_parser():
     add("--logger", choices=("tensorboard", "wandb"), help="besides metrics.csv")
     add("--checkpoint", help="checkpoint.pt or models.pth, for what follows")
     add("--generate", type=number(1), metavar="N", help="make N pictures and put them into --save")
-    add("--save", default="generated.npz", help=".npz (images: uint8 N,H,W,C), .png (grid) or folder (generated.npz)")
+    add("--save", default="generated.npz", help=".npz (images: uint8 N,H,W,3 or N,H,W), .png or folder (generated.npz)")
     add("--metrics", action="store_true", help="FID, KID and Inception score against --data")
     add("--export", metavar="FILE.onnx", help="the generator as ONNX")
     # --- end shared ---
