@@ -9,7 +9,7 @@ does (Wang et al. 2020), and double the picture. The discriminator is DCGAN's (R
 """
 # %% Imports
 import argparse, copy, csv, functools, hashlib, importlib.metadata, io, itertools, json, math, os, random, signal, sys
-import time, zipfile
+import time, zipfile, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -24,7 +24,8 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from tqdm.auto import tqdm
 
-SCRIPT, SIZE, CHANNELS, Z, END = "cspup128", 128, 3, 100, "20 epochs"
+SCRIPT, DATA, SIZE, CHANNELS, Z, END = "cspup128", "synthetic", 128, 3, 100, "20 epochs"
+DRAWN, SAMPLES, PER_ROW = (), 64, 8  # classes of what draw_picture draws; pictures of a sample grid, and in its rows
 ALL = dict(ema=0.999, augment="auto", flip=True, held_out=0.0)
 RECIPES = {  # the one found to converge, and the slides with nothing added; a flag given by hand wins
     "stable": dict(ALL, loss="logits", d_norm="batch", slope=0.2, lr=1e-4, d_lr=1e-3, beta1=0.0),
@@ -109,6 +110,12 @@ def make_networks(args):
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
             nn.init.normal_(module.weight, float(isinstance(module, nn.BatchNorm2d)), 0.02)
     return g, d
+
+probability = torch.sigmoid  # of being real, from what the discriminator gives
+
+def condition(args, count):
+    """What the generator is told of `count` pictures besides z, count,0: nothing."""
+    return torch.zeros(count, 0)
 
 # %% Losses and one training step
 def bce(logit, target):
@@ -237,14 +244,19 @@ def draw_picture(index):
     return image
 
 def settle(args, pack, steps):
-    """Decide what the command line left open, now that the pictures are known: augmentation, and the end."""
+    """Decide what the command line left open, now that the pictures are known: augmentation, and the end.
+
+    Returns what a step takes of each picture besides the picture: here nothing.
+    """
     if args.augment == "auto":
         args.augment = "on" if len(pack) < 10_000 and not {"celeba", "synthetic"} & set(args.data) else "none"
     if not (args.epochs or args.steps):
         args.epochs = 20
+    return ()
 
 # --- shared: data ---
 PICTURES, SYNTHETIC = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"), 4096
+DIGITS = dict(mnist=torchvision.datasets.MNIST, fashion=torchvision.datasets.FashionMNIST)
 
 class UserError(Exception):
     """What the user can mend: main prints it as one line and exits with status 2."""
@@ -267,13 +279,53 @@ def find_celeba(root):
             f"CelebA is not in {', '.join(map(str, places))} or /kaggle/input/*, and its download failed "
             f"({one_line(error)}): put img_align_celeba.zip into {Path(root, 'celeba')}") from None
 
+def read_idx(path, dimensions):
+    """An idx file of bytes with so many dimensions, the first of its pictures or labels, as a numpy array."""
+    data, head = path.read_bytes(), 4 * (dimensions + 1)
+    if data[:4] != bytes([0, 0, 8, dimensions]):
+        raise UserError(f"{path} begins with {data[:4].hex()}, not with 0000080{dimensions} as idx files of this kind "
+                        "do: delete it, and it is unpacked or fetched again")
+    shape = [int.from_bytes(data[i : i + 4], "big") for i in range(4, head, 4)]
+    if len(data) != head + math.prod(shape):
+        raise UserError(f"{path} is cut short: it has {len(data)} bytes, not {head + math.prod(shape)}; delete it, and "
+                        "it is unpacked or fetched again")
+    return np.frombuffer(data, np.uint8, offset=head).reshape(shape)
+
+def open_idx(name, root, part):
+    """The pictures of mnist or fashion, `part` train or t10k, each in its class's folder; downloaded where need be."""
+    kind = DIGITS[name]
+    folder = Path(root, kind.__name__, "raw")
+    files = [folder / f"{part}-{what}-ubyte" for what in ("images-idx3", "labels-idx1")]
+    try:
+        if not all(file.exists() for file in files):
+            kind(root, download=True)
+    except Exception as error:  # network, a broken .gz: whatever it was, the way out is the same
+        raise UserError(f"{name} is not in {folder}, and its download failed ({one_line(error)}): put its four .gz "
+                        "files there") from None
+    pictures, labels = read_idx(files[0], 3), read_idx(files[1], 1)
+    classes = [text.split(" - ")[0].split("/")[0] for text in kind.classes]
+    if len(labels) != len(pictures) or labels.max(initial=0) >= len(classes):
+        raise UserError(f"{files[1]} does not match {files[0].name}: {len(labels)} labels up to {labels.max(initial=0)}"
+                        f" for {len(pictures)} pictures of {len(classes)} classes; delete both, and fetch them again")
+    return {f"{classes[labels[i]]}/{i:05d}": (zlib.crc32(pictures[i]), functools.partial(Image.fromarray, pictures[i]))
+            for i in np.argsort(labels, kind="stable").tolist()}
+
 def open_source(data, root):
-    """What one word of --data names: (name, {name of a picture: (stamp, function that opens it)})."""
-    if data == "synthetic":
-        return data, {str(i): (SYNTHETIC, functools.partial(draw_picture, i)) for i in range(SYNTHETIC)}
+    """What one word of --data names: (name, {name of a picture: (stamp, function that opens it)}).
+
+    A set's own test pictures are mnist-test, fashion-test and, of what is drawn, synthetic-test.
+    """
+    known, part = data.removesuffix("-test"), "t10k" if data.endswith("-test") else "train"
+    if known in DIGITS:
+        return data, open_idx(known, root, part)
+    if known == "synthetic":
+        drawn = range(SYNTHETIC) if part == "train" else range(SYNTHETIC, SYNTHETIC * 5 // 4)
+        drawn = sorted(drawn, key=lambda i: i % max(1, len(DRAWN)))  # in the order of their classes
+        names = [f"{DRAWN[i % len(DRAWN)]}/{i}" if DRAWN else str(i) for i in drawn]
+        return data, {name: (SYNTHETIC, functools.partial(draw_picture, i)) for name, i in zip(names, drawn)}
     path = find_celeba(root) if data == "celeba" else Path(os.path.expanduser(data))
     if not path.exists():
-        raise UserError(f"there is no {path}: --data takes celeba, synthetic, a folder or a .zip file")
+        raise UserError(f"there is no {path}: --data takes celeba, mnist, fashion, synthetic, a folder or a .zip file")
     if path.is_dir():
         files = (Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
         found = {file.relative_to(path).as_posix(): file for file in files if file.is_file()}
@@ -300,7 +352,7 @@ def list_pictures(args):
             inside = set(picture.split("/")[:-1])
             folders |= inside
             if not wanted or wanted & inside:
-                found[f"{data}/{picture}" if len(args.data) > 1 else picture] = entry
+                found[f"{data.rstrip('/')}/{picture}" if len(args.data) > 1 else picture] = entry
     if wanted - folders:
         raise UserError(f"{' '.join(args.data)} has no pictures in {sorted(wanted - folders)}: "
                         f"--classes can be of {sorted(folders)}")
@@ -330,17 +382,21 @@ def square(image, size, channels):
         image = image.resize((size, size), Image.BILINEAR, box=box)
     return np.asarray(image).reshape(size, size, channels)
 
-def load_pack(args):
-    """The pictures of --data as uint8 N,size,size,channels, memory-mapped; on first use decoded into <root>/.packed."""
+def find_pack(args):
+    """(where the pack of --data is or will be, where its report of pictures left out, list_pictures' pictures)."""
     name, items = list_pictures(args)
     stamps = [SCRIPT, args.channels, [(picture, stamp) for picture, (stamp, _) in items.items()]]
     key = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:12]
     path = Path(args.root, ".packed", f"{name}-{args.size}-{key}.npy")
-    report = path.with_suffix(".left-out.txt")
+    return path, path.with_suffix(".left-out.txt"), items
+
+def load_pack(args):
+    """The pictures of --data as uint8 N,size,size,channels, memory-mapped; on first use decoded into <root>/.packed."""
+    path, report, items = find_pack(args)
     if not path.exists():
         write(path, lambda part: pack_pictures(part, report, items, args.size, args.channels))
     if report.exists():
-        left_out = len(report.read_text("utf-8").splitlines())
+        left_out = report.read_text("utf-8").count("\n")
         print(f"{left_out} of {len(items)} pictures cannot be read and are left out: {report} names them")
     return np.load(path, mmap_mode="c")  # copy on write, since torch warns of what is read-only
 
@@ -358,6 +414,8 @@ def pack_pictures(path, report, items, size, channels):
         head = dict(descr="|u1", fortran_order=False, shape=(count, size, size, channels))
         np.lib.format.write_array_header_1_0(file, head)
 
+    if not items:
+        raise UserError(f"there is not one picture to pack into {path.parent}")
     Image.MAX_IMAGE_PIXELS, failed, items = 1 << 27, [], list(items.items())
     with open(path, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
         header(len(items))
@@ -377,32 +435,32 @@ def hold_out(args, count):
     held_out = int(args.held_out * count)
     return order[held_out:], order[:held_out]
 
-def batches(pack, kept, args, device, rank, world, step):
-    """Yield this rank's batches after `step` of the pictures number `kept`, uint8 B,H,W,C on the device.
+def batches(pack, kept, args, device, rank, world, step, labels=()):
+    """Yield this rank's batches after `step` on the device, lists: pictures number `kept`, uint8 B,H,W,C, and `labels`.
 
     Their order follows from seed and epoch. A pack that half of the GPU's free memory can hold is moved there; else a
-    thread reads one batch ahead.
+    thread reads one batch ahead. labels: tensors with a row for each picture of the pack.
     """
-    data, size, orders = torch.from_numpy(pack), args.batch_size, {}
+    data, size, orders = [torch.from_numpy(pack), *labels], args.batch_size, {}
     steps = len(kept) // (size * world)
     if device.type == "cuda" and pack.nbytes < torch.cuda.mem_get_info()[0] / 2:
-        data = data.to(device)
+        data = [part.to(device) for part in data]
 
     def read(step):
         epoch, start = step // steps, (step % steps * world + rank) * size
         if epoch not in orders:
             orders.clear()
             generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
-            orders[epoch] = kept[torch.randperm(len(kept), generator=generator)].to(data.device)
-        batch = data[orders[epoch][start : start + size]]
-        return batch.pin_memory() if device.type == "cuda" and not batch.is_cuda else batch
+            orders[epoch] = kept[torch.randperm(len(kept), generator=generator)].to(data[0].device)
+        batch = [part[orders[epoch][start : start + size]] for part in data]
+        return [part.pin_memory() if device.type == "cuda" and not part.is_cuda else part for part in batch]
 
     choose = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None  # for its thread
     with ThreadPoolExecutor(1, initializer=choose) as thread:
         ahead = thread.submit(read, step)
         for step in itertools.count(step + 1):
             now, ahead = ahead, thread.submit(read, step)
-            yield now.result().to(device, non_blocking=True)
+            yield [part.to(device, non_blocking=True) for part in now.result()]
 
 def to_float(batch, uniform, flip):
     """uint8 N,H,W,C to float N,C,H,W (channels_last) in [-1, 1]; if `flip`, half of the pictures are mirrored."""
@@ -455,10 +513,10 @@ def load_weights(path):
 
 @torch.no_grad()
 def sample(generator, z):
-    """z (N,Z) to pictures, uint8 N,C,H,W on the CPU, by a generator in evaluation mode."""
+    """Condition and z (N,K+Z) to pictures, uint8 N,C,H,W on the CPU, by a generator in evaluation mode."""
     return generator(z).float().mul(127.5).add(128).clamp(0, 255).byte().cpu()
 
-def to_grid(images, columns=8):
+def to_grid(images, columns=PER_ROW):
     """uint8 N,C,H,W as one PIL picture."""
     return Image.fromarray(torchvision.utils.make_grid(images, columns).permute(1, 2, 0).numpy())
 
@@ -666,7 +724,9 @@ def draws(args, step, device, rank, world):
 
     They follow from seed and step alone: no state to save, and two ranks draw what one with twice the batch would.
     """
-    generator, n = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step), args.batch_size
+    seed, n = args.seed * 1_000_003 + step, args.batch_size
+    torch.manual_seed((seed + (rank + 1) * 2_654_435_769) % 2**63)  # for what networks draw themselves, as dropout does
+    generator = torch.Generator(device).manual_seed(seed)
     z = torch.randn(n * world, Z, generator=generator, device=device)[n * rank : n * (rank + 1)]
     uniform = torch.rand(n * world, 8, generator=generator, device=device)[n * rank : n * (rank + 1)]
     decay = min(args.ema, 0.5 ** (10 / step))  # its half-life is at most a tenth of the steps so far
@@ -690,11 +750,14 @@ def views(args, pictures):
 
 @torch.no_grad()
 def verdicts(nets, seen, held_out):
-    """D(x) of pictures trained on and held out, N,C,H,W each: batch norm as in training, its statistics left alone."""
+    """D(x) of pictures trained on and held out, each a tuple of N,C,H,W and, where there are any, labels.
+
+    Batch norm is as in training, its statistics left alone.
+    """
     buffers = {name: buffer.clone() for name, buffer in nets.D.named_buffers()}
     with nets.autocast():
-        logits = [torch.func.functional_call(nets.D, buffers, x) for x in (seen, held_out)]
-    return dict(zip(("d_seen", "d_held_out"), (logit.float().sigmoid().mean().item() for logit in logits)))
+        verdict = [torch.func.functional_call(nets.D, buffers, inputs) for inputs in (seen, held_out)]
+    return {name: probability(x.float()).mean().item() for name, x in zip(("d_seen", "d_held_out"), verdict)}
 
 def worries(rows, fake, real):
     """Lines on what has gone wrong, from the rows of metrics.csv and samples (uint8 N,C,H,W) made and real."""
@@ -724,7 +787,7 @@ def train(args, saved=None):
     if steps == 0:
         held = f", of which {len(held_out)} are held out" if len(held_out) else ""
         raise UserError(f"a batch of {images} is more than the {len(pack)} pictures{held}: take a smaller --batch-size")
-    settle(args, pack, steps)
+    labels = settle(args, pack, steps)
     nets = build(args, device, precision)
     start, seconds, rows = restore(args, nets, saved) if saved else (0, 0.0, [])
     last = min((args.epochs or sys.maxsize) * steps, args.steps or sys.maxsize)
@@ -737,16 +800,19 @@ def train(args, saved=None):
     if rank == 0 and not saved:
         save_run(args, nets, rows, 0, 0.0)
     run_step = captured(functools.partial(train_step, nets, args), device.type == "cuda" and precision != "fp16")
-    source, saved_at = batches(pack, kept, args, device, rank, world, start), time.monotonic()
+    source, saved_at = batches(pack, kept, args, device, rank, world, start, labels), time.monotonic()
     began = saved_at - seconds
-    fixed = torch.randn(64, Z, generator=torch.Generator().manual_seed(args.seed)).to(device)
-    watched = [views(args, pack[which[: min(64, len(held_out))].numpy()]).to(device) for which in (kept, held_out)]
-    real, warned, caught = torch.from_numpy(pack[kept[:64].numpy()]).permute(0, 3, 1, 2), set(), []
+    fixed = torch.randn(SAMPLES, Z, generator=torch.Generator().manual_seed(args.seed))
+    fixed = torch.cat([condition(args, SAMPLES), fixed], 1).to(device)
+    watched = [which[: min(64, len(held_out))] for which in (kept, held_out)]
+    watched = [(views(args, pack[which.numpy()]).to(device), *(label[which].to(device) for label in labels))
+               for which in watched]
+    real, warned, caught = torch.from_numpy(pack[kept[:SAMPLES].numpy()]).permute(0, 3, 1, 2), set(), []
     handlers = {n: signal.signal(n, lambda n, frame: caught.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=last * images, initial=start * images, unit="img", unit_scale=True, disable=rank > 0)
     try:
         for step in range(start + 1, last + 1):
-            run_step((next(source), *draws(args, step, device, rank, world)), step % args.d_every == 0)
+            run_step((*next(source), *draws(args, step, device, rank, world)), step % args.d_every == 0)
             bar.update(images)
             epoch, seconds, stop = -(-step // steps), time.monotonic() - began, bool(caught) and world == 1
             if step % LOG_EVERY == 0 or step == last or stop:
@@ -791,10 +857,11 @@ def train(args, saved=None):
 # --- shared: uses ---
 def sampled(args, saved, count):
     """Yield `count` pictures, uint8 N,C,H,W, by the averaged generator of a checkpoint; they follow from --seed."""
-    device, _, _ = pick_device(args)
+    (device, _, _), asked = pick_device(args), condition(args, count)
     generator, numbers = load_generator(args, saved).to(device), torch.Generator().manual_seed(args.seed)
     for start in tqdm(range(0, count, 64), desc="sampling", unit="x 64 pictures"):
-        yield sample(generator, torch.randn(64, Z, generator=numbers)[: count - start].to(device))
+        z = torch.randn(64, Z, generator=numbers)[: count - start]
+        yield sample(generator, torch.cat([asked[start : start + 64], z], 1).to(device))
 
 def load_generator(args, saved):
     """The averaged generator of a checkpoint, in evaluation mode."""
@@ -803,24 +870,33 @@ def load_generator(args, saved):
     return generator.eval().requires_grad_(False)
 
 def generate(args, saved):
-    """--generate: pictures into a .npz, a .png grid or a folder; all but the grid in constant memory."""
-    path, pictures = Path(args.save), sampled(args, saved, args.generate)
+    """--generate: pictures into a .npz, a .png grid or a folder; all but the grid in constant memory.
+
+    Where the model has classes, the .npz has labels, and the folder one for each class, as --data takes them.
+    """
+    path, asked, pictures = Path(args.save), condition(args, args.generate), sampled(args, saved, args.generate)
+    labels = asked.argmax(1).tolist() if asked.shape[1] else None
 
     def npz(part):
-        with zipfile.ZipFile(part, "w") as archive, archive.open("images.npy", "w", force_zip64=True) as file:
-            shape = (args.generate, args.size, args.size, *[3] * (args.channels == 3))
-            np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=shape))
-            for batch in pictures:
-                file.write(batch.permute(0, 2, 3, 1).contiguous().numpy())
+        with zipfile.ZipFile(part, "w") as archive:
+            with archive.open("images.npy", "w", force_zip64=True) as file:
+                shape = (args.generate, args.size, args.size, *[3] * (args.channels == 3))
+                np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=shape))
+                for batch in pictures:
+                    file.write(batch.permute(0, 2, 3, 1).contiguous().numpy())
+            if labels:
+                with archive.open("labels.npy", "w", force_zip64=True) as file:
+                    np.save(file, np.array(labels, np.int64))
 
     if path.suffix == ".npz":
         write(path, npz)
     elif path.suffix == ".png":
         write(path, to_grid(torch.cat(list(pictures)), math.ceil(args.generate**0.5)).save)
     else:
-        path.mkdir(parents=True, exist_ok=True)
         for i, image in enumerate(itertools.chain.from_iterable(pictures)):
-            Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(path / f"{i:06d}.png")
+            folder = path / args.names[labels[i]] if labels else path
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(folder / f"{i:06d}.png")
     print(f"{args.generate} pictures: {path}")
 
 def measure(args, saved):
@@ -836,7 +912,8 @@ def measure(args, saved):
     except (ImportError, OSError) as error:  # the package, or the network that its weights come by
         raise UserError(f"--metrics: {one_line(error)}; it needs pip install torchmetrics[image] and, once, "
                         "a network to fetch Inception's weights") from None
-    for real, fake in zip(torch.from_numpy(pack[:count]).permute(0, 3, 1, 2).split(64), sampled(args, saved, count)):
+    pack = torch.from_numpy(pack[np.arange(count) * len(pack) // count])  # as packs may lie in order of class
+    for real, fake in zip(pack.permute(0, 3, 1, 2).split(64), sampled(args, saved, count)):
         real, fake = (images.expand(-1, 3, -1, -1).to(device) for images in (real, fake))
         score.update(fake)
         for metric in (fid, kid):
@@ -846,9 +923,13 @@ def measure(args, saved):
     print("{} pictures: FID {:.2f}, KID {:.4f} +- {:.4f}, Inception score {:.2f} +- {:.2f}".format(count, *values))
 
 def export(args, saved):
-    """--export: the generator as ONNX, z (N,Z) to images (N,C,H,W), compared with torch where onnxruntime is there."""
+    """--export: the generator as ONNX, z (N,K+Z, of which K is the condition) to images (N,C,H,W).
+
+    It is compared with torch where onnxruntime is there.
+    """
     use_gan_ops(torch.device("cpu"), False)  # ONNX knows PyTorch's own operations alone
-    generator, z, path = load_generator(args, saved), torch.randn(2, Z), Path(args.export)
+    z = torch.cat([condition(args, 2), torch.randn(2, Z)], 1)
+    generator, path = load_generator(args, saved), Path(args.export)
     names = dict(input_names=["z"], output_names=["images"], dynamic_axes=dict(z={0: "n"}, images={0: "n"}))
     try:
         write(path, lambda part: torch.onnx.export(generator, (z,), str(part), dynamo=False, **names))
@@ -861,7 +942,7 @@ def export(args, saved):
     except ImportError:
         print(f"{path}: written; onnxruntime is not installed, so it is not compared with torch")
 
-USES = dict(generate=generate, metrics=measure, export=export)  # by the flag that asks for each
+USES = dict(generate=generate, metrics=measure, export=export, train=train)  # by the flag, train without any
 # --- end shared ---
 
 # %% Command line
@@ -876,7 +957,8 @@ def make_parser():
     add("--d-norm", choices=("batch", "spectral", "none"), help="in the discriminator (batch; exact: none)")
     add("--d-convs", type=int, choices=range(1, 6), default=5, help="stride-2 convolutions of the discriminator (5)")
     # --- shared: flags ---
-    add("--data", nargs="+", default=["synthetic"], help="celeba, synthetic, folders or .zips of pictures (synthetic)")
+    add("--data", nargs="+", default=[DATA], help="celeba, mnist, fashion, synthetic, folders or .zips of "
+        f"pictures ({DATA})")
     add("--root", default="data", help="folder where named sets are looked for, and pictures kept decoded (data)")
     add("--classes", nargs="+", default=[], help="only these subfolders of --data")
     add("--epochs", type=number(1), help=f"ends the run, if --steps does not before (with neither: {END})")
@@ -912,7 +994,7 @@ def make_parser():
 # --- shared: command line ---
 FREE = {  # what may differ from the checkpoint's; the other flags must not
     *"data root epochs steps device precision no_fused compile out save_every resume logger checkpoint save".split(),
-    *USES}
+    "labels", *USES}
 
 def by_recipe(name):
     """For --help: the default of a flag, in the first recipe and, where they differ, in the others."""
@@ -940,7 +1022,7 @@ def parse(argv):
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset))))
     given = {name: value for name, value in given.items() if value is not unset}
     args = argparse.Namespace(**{**defaults, **given})
-    needs_one = [name for name in USES if name != "per_class"]
+    needs_one = [name for name in USES if name not in ("per_class", "train")]
     asked = [name for name in needs_one if getattr(args, name)]
     if bool(asked) != bool(args.checkpoint):
         which = " or ".join(f"--{name}" for name in asked or needs_one)
@@ -967,8 +1049,8 @@ def main(argv=None):
         argv = [] if in_kernel else sys.argv[1:]
     try:
         args, saved = parse(argv)
-        use = next((USES[name] for name in USES if getattr(args, name)), train)
-        return use(args, saved)
+        use = next((name for name in USES if getattr(args, name, False)), "train")
+        return USES[use](args, saved)
     except UserError as error:
         message = error
     except torch.cuda.OutOfMemoryError:

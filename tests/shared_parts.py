@@ -1,7 +1,7 @@
 """The marked parts that stand in several scripts: `python tests/shared_parts.py` copies the original over the others.
 
-A part begins with `# --- shared: NAME ---` and ends with `# --- end shared ---`. dcgan.py holds the originals. A script
-carries the parts that it needs.
+A part begins with `# --- shared: NAME ---` and ends with `# --- end shared ---`. dcgan.py holds the originals, and
+cgan_residual.py those that only scripts with classes need. A script carries the parts that it needs.
 """
 import re
 import sys
@@ -28,7 +28,9 @@ def updated(text, originals):
 def differing(folder=TOP):
     """(path, text as it should be) of every script in the folder whose marked parts are not the original's."""
     scripts = [folder / name for name in SCRIPTS if (folder / name).exists()]
-    originals = parts(scripts[0].read_text())
+    originals = {}
+    for script in reversed(scripts):  # the first that has a part holds its original
+        originals.update(parts(script.read_text()))
     for script in scripts[1:]:
         text = script.read_text()
         parts(text)

@@ -381,7 +381,7 @@ def orders(count, size, steps, seed=0, rank=0, world=1, start=0):
     pictures = np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], (count, 2, 2, 3)).copy()
     args = arguments("--batch-size", size, "--seed", seed)
     source = cspup128.batches(pictures, torch.arange(count), args, torch.device("cpu"), rank, world, start)
-    batches = torch.stack(list(itertools.islice(source, steps)))
+    batches = torch.stack([batch for (batch,) in itertools.islice(source, steps)])
     assert batches.dtype == torch.uint8 and batches.shape[2:] == (2, 2, 3)
     return batches[:, :, 0, 0, 0].numpy()
 
@@ -409,6 +409,17 @@ def test_batches_go_on_from_any_step(start):
     assert np.array_equal(orders(22, 4, 6, start=start), orders(22, 4, 6 + start)[start:])
 
 
+def test_labels_come_with_their_pictures():
+    pictures = np.broadcast_to(np.arange(30, dtype=np.uint8)[:, None, None, None], (30, 2, 2, 3)).copy()
+    labels, more = torch.arange(30) % 7, torch.arange(30.0).view(30, 1) / 2
+    args, kept = arguments("--batch-size", 4), torch.arange(3, 30)
+    source = cspup128.batches(pictures, kept, args, torch.device("cpu"), 0, 1, 0, (labels, more))
+    for batch in itertools.islice(source, 14):  # two epochs and more
+        assert isinstance(batch, list) and [len(part) for part in batch] == [4, 4, 4]
+        which = batch[0][:, 0, 0, 0].long()
+        assert torch.equal(batch[1], which % 7) and torch.equal(batch[2], which[:, None] / 2)
+
+
 @pytest.mark.parametrize("count", [24, 27])
 def test_two_ranks_see_what_one_with_twice_the_batch_sees(count):
     both = [orders(count, 4, 7, rank=rank, world=2) for rank in (0, 1)]
@@ -422,7 +433,7 @@ def test_two_ranks_see_what_one_with_twice_the_batch_sees(count):
 def test_augmentation_is_for_small_sets_of_ones_own(data, count, augment):
     args, given = arguments("--data", data), arguments("--data", data, "--augment", "on", "--steps", 7)
     for each in (args, given):
-        cspup128.settle(each, np.broadcast_to(np.uint8(0), (count, 2, 2, 3)), count // 64)
+        assert cspup128.settle(each, np.broadcast_to(np.uint8(0), (count, 2, 2, 3)), count // 64) == ()
     assert (args.augment, args.epochs, args.steps, args.flip) == (augment, 20, None, True)
     assert (given.augment, given.epochs, given.steps) == ("on", None, 7)
 

@@ -333,7 +333,8 @@ def test_pictures_held_out_never_come_in_a_batch_and_all_others_do():
     kept, held_out = dcgan.hold_out(args, 50)
     pack = np.broadcast_to(np.arange(50, dtype=np.uint8)[:, None, None, None], (50, 2, 2, 3)).copy()
     source = dcgan.batches(pack, kept, args, CPU, 0, 1, 0)
-    epochs = torch.stack(list(itertools.islice(source, 60)))[..., 0, 0, 0].view(6, 40).tolist()
+    batches = torch.stack([batch for (batch,) in itertools.islice(source, 60)])
+    epochs = batches[..., 0, 0, 0].view(6, 40).tolist()
     for epoch in epochs:
         assert sorted(epoch) == sorted(kept.tolist()) and not set(epoch) & set(held_out.tolist())
     assert len({tuple(epoch) for epoch in epochs}) == 6
@@ -347,7 +348,7 @@ def test_verdicts_are_a_plain_forward_in_training_mode_and_leave_no_trace():
     before, grads = weights(nets.D), [None if p.grad is None else p.grad.clone() for p in nets.D.parameters()]
     flags, plain = [p.requires_grad for p in nets.D.parameters()], copy.deepcopy(nets.D)
     assert any(grad is not None and grad.abs().max() > 0 for grad in grads)
-    values = dcgan.verdicts(nets, seen, held_out)
+    values = dcgan.verdicts(nets, (seen,), (held_out,))
     assert same(before, weights(nets.D)) and nets.D.training
     assert flags == [p.requires_grad for p in nets.D.parameters()]
     for grad, p in zip(grads, nets.D.parameters()):
@@ -447,7 +448,7 @@ def drawn(count, size=32):
 def settled(pack, *flags, steps=100):
     """The arguments once a pack, of which an epoch is so many steps, has decided what they left open."""
     args = parsed(*flags)
-    dcgan.settle(args, pack, steps)
+    assert dcgan.settle(args, pack, steps) == ()
     return args
 
 
@@ -504,9 +505,9 @@ def test_a_run_without_an_end_is_twenty_epochs_or_the_more_that_5000_steps_are(c
 
 
 def test_an_end_that_is_not_given_is_kept_to(data, tmp_path, undrawn, monkeypatch):
-    monkeypatch.setattr(dcgan, "STEPS", 101)  # of 5 an epoch: 43 pictures are trained on
-    run(*data, "--out", tmp_path)
-    assert step_of(tmp_path) == 105 and len(list((tmp_path / "samples").iterdir())) == 21
+    monkeypatch.setattr(dcgan, "STEPS", 101)  # of 4 an epoch, as 36 of 45 pictures are trained on; with all, of 5
+    run(*data, "--out", tmp_path, "--held-out", 0.2)
+    assert step_of(tmp_path) == 104 and len(list((tmp_path / "samples").iterdir())) == 26
 
 
 def test_an_end_that_is_given_stays():
@@ -679,7 +680,7 @@ def test_a_stop_within_a_class_stops_them_all_and_says_how_to_go_on(per_class, t
         begun.append(args.classes)
         raise SystemExit(130)
 
-    monkeypatch.setattr(dcgan, "train", stopped)
+    monkeypatch.setitem(dcgan.USES, "train", stopped)
     with pytest.raises(SystemExit) as stop:
         run(*per_class[0], "--out", tmp_path / "runs")
     assert stop.value.code == 130 and begun == [["blue"]]
@@ -766,6 +767,18 @@ def test_a_walk_into_another_kind_of_file(save, trained, tmp_path, capsys, monke
 def test_a_walk_needs_a_checkpoint_and_two_steps(flags, words, tmp_path, capsys):
     assert words in fails(capsys, *flags, "--save", tmp_path / "walk.gif")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_are_whole_before_they_take_the_place_of_earlier_ones(trained, tmp_path):
+    """A second name for an earlier file keeps what was in it; test_run.py has the same of the run folder."""
+    for name, use in (("g.npz", ["--generate", 3]), ("g.png", ["--generate", 3]), ("walk.gif", ["--interpolate", 2]),
+                      ("walk.png", ["--interpolate", 2]), ("g.onnx", ["--export", tmp_path / "g.onnx"])):
+        (tmp_path / name).write_text("earlier\n")
+        (tmp_path / f"earlier-{name}").hardlink_to(tmp_path / name)
+        run(*use, "--checkpoint", trained / "models.pth", "--save", tmp_path / name, "--device", "cpu")
+        assert (tmp_path / name).stat().st_size > 500
+        assert (tmp_path / f"earlier-{name}").read_text() == "earlier\n"
+    assert len(list(tmp_path.iterdir())) == 10
 
 
 # Grey pictures, from one end to the other

@@ -7,13 +7,17 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+import cgan_residual
 import cspup128
 import dcgan
 
 TINY = {cspup128: "--width 2 --batch-size 8 --steps 3 --precision fp32"}
 TINY[dcgan] = f"{TINY[cspup128]} --size 32"
-DEFAULTS = {cspup128: "64 ['synthetic'] runs/cspup128", dcgan: "64 ['synthetic'] runs/dcgan"}
-both = pytest.mark.parametrize("script", [cspup128, dcgan], ids=lambda script: script.SCRIPT)
+TINY[cgan_residual] = f"{TINY[cspup128]} --data synthetic --no-report"
+MORE = {cgan_residual: ["one_noise"]}  # pictures of a run besides those that all scripts have
+DEFAULTS = {cspup128: "64 ['synthetic'] runs/cspup128", dcgan: "64 ['synthetic'] runs/dcgan",
+            cgan_residual: f"{cgan_residual.WIDTH} ['mnist'] runs/cgan_residual"}
+each = pytest.mark.parametrize("script", [cspup128, dcgan, cgan_residual], ids=lambda script: script.SCRIPT)
 
 
 def text_of(script):
@@ -28,7 +32,7 @@ def run_notebook(folder, *cells):
     return "".join(output.get("text", "") for cell in book.cells for output in cell.outputs)
 
 
-@both
+@each
 def test_by_writefile(script, tmp_path, monkeypatch):
     """`!python` is a shell's, so the environment that the tests run in is put first on its PATH."""
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
@@ -37,22 +41,21 @@ def test_by_writefile(script, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "comparison.png").exists(), text
 
 
-@both
+@each
 def test_pasted_into_a_cell(script, tmp_path):
     """The last line is what a user would edit: main() takes the defaults, main([...]) flags."""
     text = text_of(script)
     pasted = text.replace("    main()\n", f"    main({(TINY[script] + ' --out run').split()})\n")
     assert pasted != text
     shown = run_notebook(tmp_path, pasted, "print(sorted(p.stem for p in Path('run').glob('*.png')))")
-    assert str(sorted({"comparison", *script.CURVES})) in shown
+    assert str(sorted({"comparison", *script.CURVES, *MORE.get(script, [])})) in shown
 
 
-@both
-@pytest.mark.parametrize("argv", [None, []])
-def test_in_a_kernel_main_takes_the_defaults(script, tmp_path, argv):
-    """The kernel's own sys.argv, -f connection.json, is not taken for flags."""
+@each
+def test_in_a_kernel_main_takes_the_defaults(script, tmp_path):
+    """With and without an empty list; the kernel's own sys.argv, -f connection.json, is not taken for flags."""
     text = text_of(script)
     definitions = text[: text.index('if __name__ == "__main__":')]
-    call = f"main({'' if argv is None else argv})"
-    cell = f"train = lambda args, saved: print('HAS', args.width, args.data, args.out)\n{call}"
-    assert f"HAS {DEFAULTS[script]}" in run_notebook(tmp_path, definitions, cell)
+    stand_in = "USES['train'] = lambda args, saved: print('HAS', args.width, args.data, args.out)"
+    shown = run_notebook(tmp_path, definitions, stand_in, "main()", "main([])")
+    assert [line for line in shown.splitlines() if "HAS " in line] == [f"HAS {DEFAULTS[script]}"] * 2

@@ -4,12 +4,13 @@ import shlex
 
 import pytest
 
+import cgan_residual
 import cspup128
 import dcgan
 from shared_parts import TOP
 
 README = (TOP / "README.md").read_text()
-both = pytest.mark.parametrize("script", [cspup128, dcgan], ids=lambda script: script.SCRIPT)
+each = pytest.mark.parametrize("script", [cspup128, dcgan, cgan_residual], ids=lambda script: script.SCRIPT)
 
 
 def commands(script):
@@ -25,7 +26,7 @@ def test_ci_runs_the_readmes_two_commands():
         assert f"\n{line}\n" in README
 
 
-@both
+@each
 def test_every_command_of_the_readme_is_understood(script, monkeypatch):
     monkeypatch.setattr(script, "load_weights", lambda path: dict(config=vars(script.parse([])[0])))
     found = commands(f"{script.SCRIPT}.py")
@@ -35,7 +36,7 @@ def test_every_command_of_the_readme_is_understood(script, monkeypatch):
         assert args.width
 
 
-@both
+@each
 def test_every_command_of_the_docstring_is_understood(script, monkeypatch):
     monkeypatch.setattr(script, "load_weights", lambda path: dict(config=vars(script.parse([])[0])))
     found = re.findall(rf"^    python {script.SCRIPT}.py ([^#\n]*)", script.__doc__, re.MULTILINE)
@@ -50,12 +51,12 @@ def flags(script):
     return {flag for flag in found if flag.startswith("--") and flag.replace("--no-", "--") not in found - {flag}}
 
 
-@both
+@each
 def test_every_flag_is_in_the_readme(script):
     assert sorted(flag for flag in flags(script) if not re.search(rf"{flag}(?![\w-])", README)) == []
 
 
-@both
+@each
 def test_help_has_every_flag_with_what_it_does(script):
     parser = script.make_parser()
     text = parser.format_help()

@@ -14,18 +14,22 @@ import pytest
 import torch
 from PIL import Image
 
+import cgan_residual
 import cspup128
 import dcgan
 
 TINY = {cspup128: ["--width", "2", "--batch-size", "8", "--precision", "fp32"]}
 TINY[dcgan] = [*TINY[cspup128], "--size", "32"]
-HELD_OUT = {cspup128: 0, dcgan: 2}  # of 40 pictures
-LIFE = {cspup128: 2, dcgan: 1}  # seconds within which a run is killed
+TINY[cgan_residual] = [*TINY[cspup128], "--augment", "auto", "--no-report"]
+SETS = {cspup128: "faces", dcgan: "faces", cgan_residual: "digits"}
+MORE = {cspup128: set(), dcgan: set(), cgan_residual: {"one_noise.png"}}  # in its run folder, besides what all have
+HELD_OUT = {cspup128: 0, dcgan: 2, cgan_residual: 0}  # of 40 pictures
+LIFE = {cspup128: 2, dcgan: 1, cgan_residual: 1}  # seconds after which a run is stopped, or within which it is killed
 FORKS = multiprocessing.get_context("forkserver")  # whose processes begin with these imported
 FORKS.set_forkserver_preload(["torch", "torchvision", "tqdm.auto", "pytest"])
 
 
-@pytest.fixture(scope="module", params=[cspup128, dcgan], ids=lambda script: script.SCRIPT)
+@pytest.fixture(scope="module", params=[cspup128, dcgan, cgan_residual], ids=lambda script: script.SCRIPT)
 def script(request):
     """Each script in turn."""
     return request.param
@@ -33,16 +37,19 @@ def script(request):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A --root in which 40 pictures stand as a folder."""
+    """A --root in which 40 pictures stand as a folder, and 40 digits as a folder of four classes."""
     root = tmp_path_factory.mktemp("root")
     (root / "faces").mkdir()
     for i in range(40):
         cspup128.draw_picture(i).resize((160, 160)).save(root / "faces" / f"{i}.png")
+        number = 10 * (i // 4) + i % 4
+        (root / "digits" / f"{i % 4}").mkdir(parents=True, exist_ok=True)
+        cgan_residual.draw_picture(number).save(root / "digits" / f"{i % 4}" / f"{number}.png")
     return root
 
 
 def flags(script, root, out, *more):
-    return [*TINY[script], "--data", str(root / "faces"), "--root", str(root), "--out", str(out), *more]
+    return [*TINY[script], "--data", str(root / SETS[script]), "--root", str(root), "--out", str(out), *more]
 
 
 def same_run(a, b):
@@ -57,10 +64,21 @@ def same_run(a, b):
             assert all(torch.equal(value, second[name]["state"][number][key]) for key, value in state.items())
     rows = [[row[:2] + row[3:] for row in csv.reader((out / "metrics.csv").open())] for out in (a, b)]
     assert rows[0] == rows[1] and len(rows[0]) > 1
-    samples = [sorted(file.name for file in (out / "samples").iterdir()) for out in (a, b)]
-    assert samples[0] == samples[1] != []
-    for file in sorted((a / "samples").iterdir()):
-        assert file.read_bytes() == (b / "samples" / file.name).read_bytes()
+    made = [sorted(str(path.relative_to(out)) for path in out.rglob("*.[pg][ni][gf]")) for out in (a, b)]
+    assert made[0] == made[1] != []
+    for name in made[0]:
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+def linked(out, links):
+    """A second name below `links` for every file of a run folder: {name: (that one, what is in it)}."""
+    found = {}
+    for path in (path for path in out.rglob("*") if path.is_file()):
+        link = links / path.relative_to(out)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.hardlink_to(path)
+        found[path.relative_to(out)] = link, path.read_bytes()
+    return found
 
 
 def test_a_run_leaves_the_whole_folder(script, root, tmp_path):
@@ -69,6 +87,7 @@ def test_a_run_leaves_the_whole_folder(script, root, tmp_path):
     names = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
     samples = {f"samples/epoch_{i:04d}.png" for i in (1, 2, 3)}
     pictures = {*(f"{curve}.png" for curve in script.CURVES), "comparison.png", "evolution.gif"}
+    pictures |= MORE[script]
     assert names == {"config.json", "metrics.csv", "checkpoint.pt", "models.pth"} | samples | pictures
     for picture in samples | pictures:
         assert np.asarray(Image.open(out / picture).convert("L")).std() > 5
@@ -102,9 +121,14 @@ def test_the_same_seed_gives_the_same_files_and_another_seed_others(script, root
 def test_a_longer_run_goes_on_from_a_shorter_one_bit_for_bit(script, root, tmp_path):
     script.main(flags(script, root, tmp_path / "whole", "--steps", "23", "--d-every", "2"))
     script.main(flags(script, root, tmp_path / "parts", "--steps", "7", "--d-every", "2"))
-    for steps in ("8", "16", "23"):
+    for steps in ("8", "16"):
         script.main(["--resume", "--out", str(tmp_path / "parts"), "--steps", steps])
+    before = linked(tmp_path / "parts", tmp_path / "links")
+    script.main(["--resume", "--out", str(tmp_path / "parts"), "--steps", "23"])
     same_run(tmp_path / "whole", tmp_path / "parts")
+    for name, (link, content) in before.items():  # each file is whole before it takes the place of the earlier one
+        assert link.read_bytes() == content, name
+        assert name.parts[0] == "samples" or not link.samefile(tmp_path / "parts" / name), name
 
 
 def test_resuming_where_there_is_nothing_yet_starts(root, tmp_path, capsys):
@@ -155,7 +179,7 @@ def test_a_signal_saves_and_says_how_to_go_on(script, root, tmp_path, number):
     out = tmp_path / "run"
     process = start(script, flags(script, root, out, "--steps", "100000", "--save-every", "60"))
     wait_for_save(lambda: process.poll() is None, out / "checkpoint.pt")  # the one of step 0
-    time.sleep(2)
+    time.sleep(LIFE[script])
     process.send_signal(number)
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + number
