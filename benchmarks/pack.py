@@ -16,12 +16,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 FLAGS = {  # by script: what is measured, where flags given do not say otherwise
     "cspup128": ["--batch-size", "32"],
     "dcgan": ["--recipe", "classic", "--batch-size", "64"],
+    "cgan_residual": ["--batch-size", "64"],
 }
 
 
-def read_flags(parser, script="cspup128", more=True):
-    """Add --script; returns (its module, the options, the flags for the script: FLAGS and, if `more`, the rest)."""
-    parser.add_argument("--script", choices=FLAGS, default=script, help=f"what is measured ({script})")
+def read_flags(parser, script="cspup128", more=True, classes=False):
+    """Add --script; returns (its module, the options, the flags for the script: FLAGS and, if `more`, the rest).
+
+    classes: whether it can be a script whose steps take labels, too.
+    """
+    choices = [name for name in FLAGS if classes or name != "cgan_residual"]
+    parser.add_argument("--script", choices=choices, default=script, help=f"what is measured ({script})")
     options, others = parser.parse_known_args() if more else (parser.parse_args(), [])
     return importlib.import_module(options.script), options, [*FLAGS[options.script], *others]
 

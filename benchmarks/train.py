@@ -3,9 +3,10 @@
 Both, and ours without gan_ops where that is installed, train the same networks on the same pictures, in one process
 and in turn, a round of one after a round of the other. Ours is what the script does: its pack, its precision,
 channels_last, fused Adam, gan_ops where installed, a CUDA graph on CUDA, and its averaged generator (and flips, where
-it has them) besides. The usual way is that of PyTorch's DCGAN example: a DataLoader over JPEG files, eager fp32 with
-torch's own settings, contiguous, plain Adam, .item() of both losses at each step. Flags not listed below go to the
-script: --width (64), --batch-size (here 32; dcgan 64), --recipe (here classic), --device, --precision, ...
+it has them) besides. The usual way is that of PyTorch's DCGAN example: a DataLoader over JPEG files (of MNIST for
+cgan_residual, as torchvision has it), eager fp32 with torch's own settings, contiguous, plain Adam, .item() of both
+losses at each step. Flags not listed below go to the script: --width (its default), --batch-size (here 32; dcgan and
+cgan_residual 64), --recipe (here classic), --device, --precision, ...
 """
 import argparse, functools, itertools, json, statistics, tempfile, time
 from pathlib import Path
@@ -19,13 +20,16 @@ from torchvision import transforms
 from pack import machine, picture_folder, read_flags
 
 
+def as_example(size):
+    """The DCGAN example's way from a PIL picture to a tensor."""
+    return transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size), transforms.ToTensor(),
+                               transforms.Normalize([0.5], [0.5])])
+
+
 class Pictures(Dataset):
     """Picture files, opened, cropped and normalised as the DCGAN example does it."""
     def __init__(self, files, size, channels):
-        self.files, self.mode = files, "RGB" if channels == 3 else "L"
-        self.transform = transforms.Compose([
-            transforms.Resize(size), transforms.CenterCrop(size), transforms.ToTensor(),
-            transforms.Normalize([0.5], [0.5])])
+        self.files, self.mode, self.transform = files, "RGB" if channels == 3 else "L", as_example(size)
 
     def __len__(self):
         return len(self.files)
@@ -42,20 +46,28 @@ def make_ours(script, args, device, precision, rank=0, world=1):
     if len(kept) < args.batch_size * world:
         raise script.UserError(f"a batch of {args.batch_size * world} is more than the {len(kept)} pictures")
     args.augment = "none" if args.augment == "auto" else args.augment  # the usual way has none
-    script.settle(args, pack, 1)
+    labels = script.settle(args, pack, 1)
     nets = script.build(args, device, precision)
     run_step = functools.partial(script.train_step, nets, args)
     run_step = script.captured(run_step, device.type == "cuda" and precision != "fp16")
-    source = script.batches(pack, kept, args, device, rank, world, 0)
+    source = script.batches(pack, kept, args, device, rank, world, 0, labels)
 
-    def step(real):
-        run_step((real, *script.draws(args, next(numbers), device, rank, world)), True)
+    def step(batch):
+        run_step((*batch, *script.draws(args, next(numbers), device, rank, world)), True)
         return nets.last[:2]
     return lambda: source, step, nets.ema
 
 
+class Contiguous(nn.Module):
+    """x, contiguous."""
+    def forward(self, x):
+        return x.contiguous()
+
+
 def as_usual(script, network):
-    """The same network as the DCGAN example would write it: torch's own batch norm, activations in place."""
+    """The same network as the DCGAN example would write it: torch's batch norm, activations in place, contiguous."""
+    if hasattr(network, "project"):  # gives its feature map channels_last, where a view would be the usual way
+        network.layers.insert(0, Contiguous())
     for module in list(network.modules()):
         for name, child in module.named_children():
             if type(child) is script.BatchNormLeakyReLU:
@@ -74,23 +86,30 @@ def make_usual(script, args, device, workers):
     g, d = (as_usual(script, net).to(device) for net in script.make_networks(args))
     adam = functools.partial(torch.optim.Adam, betas=(args.beta1, 0.999), fused=False)
     opt_g, opt_d, criterion = adam(g.parameters(), args.lr), adam(d.parameters(), args.d_lr), nn.BCEWithLogitsLoss()
-    files = [Path(args.data[0], name) for name in script.list_pictures(args)[1]]
-    endless = (i for _ in itertools.count() for i in torch.randperm(len(files)).tolist())  # no pause between two epochs
-    data = Pictures(files, args.size, args.channels)
+    if args.data[0] in script.DIGITS:
+        data = script.DIGITS[args.data[0]](args.root, transform=as_example(args.size))
+    else:
+        data = Pictures([Path(args.data[0], name) for name in script.list_pictures(args)[1]], args.size, args.channels)
+    endless = (i for _ in itertools.count() for i in torch.randperm(len(data)).tolist())  # no pause between two epochs
     loader = DataLoader(data, args.batch_size, sampler=endless, num_workers=workers, drop_last=True)
 
-    def step(real):
-        real = real.to(device)
+    def step(batch):
+        real, *labels = (part.to(device) for part in (batch if isinstance(batch, list) else [batch]))
+        z = torch.randn(len(real), script.Z, device=device)
+        judge = d
+        if labels:  # a conditional model
+            one_hot = nn.functional.one_hot(labels[0], len(args.names)).float()
+            z, judge = torch.cat([one_hot, z], 1), lambda x: d(x, one_hot, logits=True).flatten()
         ones, zeros = torch.ones(len(real), device=device), torch.zeros(len(real), device=device)
         d.zero_grad()
-        loss_real = criterion(d(real), ones)
+        loss_real = criterion(judge(real), ones)
         loss_real.backward()
-        fake = g(torch.randn(len(real), script.Z, device=device))
-        loss_fake = criterion(d(fake.detach()), zeros)
+        fake = g(z)
+        loss_fake = criterion(judge(fake.detach()), zeros)
         loss_fake.backward()
         opt_d.step()
         g.zero_grad()
-        loss_g = criterion(d(fake), ones)
+        loss_g = criterion(judge(fake), ones)
         loss_g.backward()
         opt_g.step()
         return (loss_real + loss_fake).item(), loss_g.item()
@@ -158,16 +177,18 @@ def main():
     about = dict(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser = argparse.ArgumentParser(**about)
     add = parser.add_argument
-    add("--data", default="synthetic", help="a folder of pictures, or synthetic: 512 drawn ones (synthetic)")
+    add("--data", help="a folder of pictures; synthetic: 512 drawn ones; mnist or fashion (the script's own)")
+    add("--root", default="data", help="folder of mnist and fashion (data)")
     add("--steps", type=int, help="timed steps in a round (4; on CUDA 50)")
     add("--rounds", type=int, default=3)
     add("--workers", type=int, default=2, help="of the usual way's DataLoader (2)")
     add("--json", type=Path, help="write the results there")
-    script, options, others = read_flags(parser)
+    script, options, others = read_flags(parser, classes=True)
     with tempfile.TemporaryDirectory() as folder:
-        data = picture_folder(script, options.data, folder)
+        data = picture_folder(script, options.data or script.DATA, folder)
+        root = options.root if data in script.DIGITS else folder
         try:
-            args, _ = script.parse([*others, "--data", data, "--root", folder])
+            args, _ = script.parse([*others, "--data", data, "--root", root])
             result = compare(script, args, options)
         except script.UserError as error:
             parser.error(str(error))
