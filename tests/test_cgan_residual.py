@@ -795,7 +795,7 @@ def test_a_folder_with_pictures_held_out_has_a_report_and_their_verdicts(tmp_pat
         seen = []
         verdicts = cgan.verdicts
         patch.setattr(cgan, "verdicts", lambda nets, *watched: seen.append(watched) or verdicts(nets, *watched))
-        folder_run(tmp_path, "--held-out", 0.25)
+        folder_run(tmp_path, "--held-out", 0.25, "--augment", "none")  # which would make the pictures others
     (row,) = csv.DictReader((tmp_path / "run" / "metrics.csv").open())
     assert 0 < float(row["d_seen"]) < 1 and 0 < float(row["d_held_out"]) < 1
     for (pictures, one_hot), count in zip(seen[0], (6, 6)):
