@@ -365,19 +365,22 @@ def load_pack(args):
     if not path.exists():
         write(path, lambda part: pack_pictures(part, report, items, args.size, args.channels))
     if report.exists():
-        left_out = report.read_text("utf-8").count("\n")
+        left_out = len(report.read_text().splitlines())
         print(f"{left_out} of {len(items)} pictures cannot be read and are left out: {report} names them")
     return np.load(path, mmap_mode="c")  # copy on write, since torch warns of what is read-only
 
 def pack_pictures(path, report, items, size, channels):
-    """Decode pictures in threads into the .npy file `path`; name those that cannot be read in `report`."""
+    """Decode pictures in threads into the .npy file `path`; list those that cannot be read in `report`.
+
+    Its lines are JSON: [name, why].
+    """
     def decode(item):
         name, (_, load) = item
         try:
             with load() as image:
                 return square(image, size, channels)
         except Exception as error:  # a broken file can raise anything; the report says what
-            return f"{name}: {one_line(error)}"
+            return json.dumps([name, one_line(error)])  # which spells any name in plain letters, on one line
 
     def header(count):  # numpy pads it, so its length does not depend on the count
         head = dict(descr="|u1", fortran_order=False, shape=(count, size, size, channels))
@@ -396,7 +399,7 @@ def pack_pictures(path, report, items, size, channels):
     if len(failed) == len(items):
         raise UserError(f"none of the {len(items)} pictures can be read; the first is {failed[0]}")
     if failed:
-        write(report, lambda part: part.write_text("\n".join(failed) + "\n", "utf-8", "backslashreplace"))
+        write(report, lambda part: part.write_text("\n".join(failed) + "\n"))
 
 def hold_out(args, count):
     """(numbers of the pictures to train on, numbers of those held out), of `count`, at random by --seed."""
@@ -460,13 +463,8 @@ def load_labels(args):
     UserError where there are fewer than two, or others than the checkpoint has.
     """
     _, report, items = find_pack(args)
-    lines = iter(report.read_text("utf-8").split("\n") if report.exists() else ())  # in the order of items
-    left_out, folders = next(lines, ""), []
-    for name in items:
-        if left_out.startswith(f"{name}: ".encode("utf-8", "backslashreplace").decode()):  # as the report has it
-            left_out = next(lines, "")
-        else:
-            folders.append(name.split("/")[-2] if "/" in name else "")
+    left_out = {json.loads(line)[0] for line in report.read_text().splitlines()} if report.exists() else set()
+    folders = [name.split("/")[-2] if "/" in name else "" for name in items if name not in left_out]
     names = list(dict.fromkeys(folders))
     if len(names) < 2 or "" in names:
         raise UserError(f"--data {' '.join(args.data)} has no classes: it takes a set with labels, or a folder with a "
@@ -719,7 +717,8 @@ def draws(args, step, device, rank, world):
     They follow from seed and step alone: no state to save, and two ranks draw what one with twice the batch would.
     """
     seed, n = args.seed * 1_000_003 + step, args.batch_size
-    torch.manual_seed((seed + (rank + 1) * 2_654_435_769) % 2**63)  # for what networks draw themselves, as dropout does
+    # For what networks draw themselves, as dropout does; ranks differ in the low 32 bits, the only ones a CPU looks at.
+    torch.manual_seed((seed + (rank + 1) * 2_654_435_769) % 2**63)
     generator = torch.Generator(device).manual_seed(seed)
     z = torch.randn(n * world, Z, generator=generator, device=device)[n * rank : n * (rank + 1)]
     uniform = torch.rand(n * world, 8, generator=generator, device=device)[n * rank : n * (rank + 1)]

@@ -1,5 +1,6 @@
 """Pictures in: what is packed, what is left out and said so, and how batches and augmentation use it."""
 import itertools
+import json
 import os
 import shutil
 import struct
@@ -209,7 +210,7 @@ def test_broken_pictures_are_left_out_and_reported(kind, mixed, tmp_path, capsys
     assert_near(found[0], BLUE, tolerance=3)  # deep/down/good.jpg, then good.png
     assert_near(found[1], TAN)
     (report,) = (tmp_path / "root" / ".packed").glob("*.txt")
-    lines = dict(line.split(": ", 1) for line in report.read_text(encoding="utf-8").splitlines())
+    lines = dict(map(json.loads, report.read_text().splitlines()))
     assert sorted(lines) == sorted(BROKEN) and all(lines.values())
     assert "exceeds limit" in lines["deep/enormous.png"]
     out = capsys.readouterr().out
