@@ -26,7 +26,8 @@ from tqdm.auto import tqdm
 
 SCRIPT, DATA, SIZE, Z, CLASSES, WIDTH, END = "cgan_residual", "mnist", 28, 246, 10, 16, "20 epochs"
 DRAWN, SAMPLES, PER_ROW = "0123456789", 100, 10  # classes of draw_picture; pictures of a sample grid, and in its rows
-RECIPES = {"projection": dict(lr=1e-3, d_lr=1e-3, beta1=0.0, ema=0.999, augment="auto", flip=False, held_out=0.0)}
+RECIPES = {"projection": dict(batch_size=64, lr=1e-3, d_lr=1e-3, beta1=0.0, ema=0.999, augment="auto", flip=False,
+                              held_out=0.0)}
 METRICS = "loss_d", "loss_g", "d_real", "d_fake"  # what train_step adds up
 CURVES = {  # picture: its title, its unit, and the columns of metrics.csv that it shows
     "losses": ("losses of discriminator and generator", "loss", ("loss_d", "loss_g")),
@@ -106,24 +107,11 @@ def make_networks(args):
     return g, d
 
 probability = nn.Identity()  # of being real, from what the discriminator gives
+Optimiser = torch.optim.Adam  # of both networks
 
 def condition(args, count):
-    """One-hot labels of `count` pictures, count,classes, in order: as many of each of --labels, or of all.
-
-    args.labels is None, the flag's text, or a list of classes' numbers.
-    """
-    wanted = args.labels or range(len(args.names))
-    if isinstance(wanted, str):
-        wanted = [find_label(args, word) for word in wanted.split(",")]
-    return F.one_hot(torch.tensor(wanted)[torch.arange(count) * len(wanted) // count], len(args.names)).float()
-
-def find_label(args, word):
-    """The number of the class that a word of --labels names, or is; UserError where there is none."""
-    for words in ([name.lower() for name in args.names], [str(i) for i in range(len(args.names))]):
-        if word.strip().lower() in words:
-            return words.index(word.strip().lower())
-    raise UserError(f"--labels: {word!r} is no class of this model, which has {', '.join(args.names)} (0 to "
-                    f"{len(args.names) - 1})")
+    """What the generator is told of `count` pictures: one-hot labels, count,classes."""
+    return asked_labels(args, count)
 
 # %% Losses and one training step
 def train_step(nets, args, inputs, train_d=True):
@@ -418,20 +406,27 @@ def batches(pack, kept, args, device, rank, world, step, labels=()):
     if device.type == "cuda" and pack.nbytes < torch.cuda.mem_get_info()[0] / 2:
         data = [part.to(device) for part in data]
 
-    def read(step):
+    def rows(step):
         epoch, start = step // steps, (step % steps * world + rank) * size
         if epoch not in orders:
             orders.clear()
             generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
             orders[epoch] = kept[torch.randperm(len(kept), generator=generator)].to(data[0].device)
-        batch = [part[orders[epoch][start : start + size]] for part in data]
-        return [part.pin_memory() if device.type == "cuda" and not part.is_cuda else part for part in batch]
+        return orders[epoch][start : start + size]
+
+    def read(which):
+        if data[0].is_cuda:
+            return [part[which] for part in data]
+        # By numpy, as PyTorch would start OpenMP threads for this thread too: with more of them than cores they no
+        # longer wait for work awake, and all that the training does in parallel takes up to half as long again.
+        batch = [torch.from_numpy(part.numpy()[which.numpy()]) for part in data]
+        return [part.pin_memory() for part in batch] if device.type == "cuda" else batch
 
     choose = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None  # for its thread
     with ThreadPoolExecutor(1, initializer=choose) as thread:
-        ahead = thread.submit(read, step)
+        ahead = thread.submit(read, rows(step))
         for step in itertools.count(step + 1):
-            now, ahead = ahead, thread.submit(read, step)
+            now, ahead = ahead, thread.submit(read, rows(step))
             yield [part.to(device, non_blocking=True) for part in now.result()]
 
 def to_float(batch, uniform, flip):
@@ -474,6 +469,24 @@ def load_labels(args):
                         f"has {len(names)}: {', '.join(names)}")
     args.names = names
     return torch.tensor([names.index(folder) for folder in folders])
+
+def asked_labels(args, count):
+    """One-hot labels of `count` pictures, count,classes, in order: as many of each of --labels, or of all.
+
+    args.labels is None, the flag's text, or a list of classes' numbers.
+    """
+    wanted = args.labels or range(len(args.names))
+    if isinstance(wanted, str):
+        wanted = [find_label(args, word) for word in wanted.split(",")]
+    return F.one_hot(torch.tensor(wanted)[torch.arange(count) * len(wanted) // count], len(args.names)).float()
+
+def find_label(args, word):
+    """The number of the class that a word of --labels names, or is; UserError where there is none."""
+    for words in ([name.lower() for name in args.names], [str(i) for i in range(len(args.names))]):
+        if word.strip().lower() in words:
+            return words.index(word.strip().lower())
+    raise UserError(f"--labels: {word!r} is no class of this model, which has {', '.join(args.names)} (0 to "
+                    f"{len(args.names) - 1})")
 # --- end shared ---
 
 # %% Run folder
@@ -664,11 +677,14 @@ def build(args, device, precision):
     for net in (G, D) if args.compile else ():
         net.compile()
     adam = dict(betas=(args.beta1, 0.999), fused=device.type != "mps", capturable=device.type == "cuda")
-    opt_g, opt_d = (torch.optim.Adam(net.parameters(), lr, **adam) for net, lr in ((G, args.lr), (D, args.d_lr)))
+    opt_g, opt_d = (Optimiser(net.parameters(), lr, **adam) for net, lr in ((G, args.lr), (D, args.d_lr)))
     dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(precision)
     autocast = functools.partial(torch.autocast, device.type, dtype or torch.bfloat16, enabled=bool(dtype))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     last, sums, pairs = (*torch.zeros(2, len(METRICS), device=device), list(zip(*floats)))
+    if not args.ema:  # the average is the generator itself: the same tensors, and nothing to move
+        ema.load_state_dict(G.state_dict(), assign=True)
+        pairs = []
     return argparse.Namespace(**{name: value for name, value in locals().items() if name not in ("args", "floats")})
 
 def optimise(nets, loss, optimiser):
@@ -718,7 +734,9 @@ def draws(args, step, device, rank, world):
     """
     seed, n = args.seed * 1_000_003 + step, args.batch_size
     # For what networks draw themselves, as dropout does; ranks differ in the low 32 bits, the only ones a CPU looks at.
-    torch.manual_seed((seed + (rank + 1) * 2_654_435_769) % 2**63)
+    # Of this device alone: torch.manual_seed also notes down a call, and who made it, for each kind that is not there.
+    own = torch.default_generator if device.type == "cpu" else getattr(torch, device.type)
+    own.manual_seed((seed + (rank + 1) * 2_654_435_769) % 2**63)
     generator = torch.Generator(device).manual_seed(seed)
     z = torch.randn(n * world, Z, generator=generator, device=device)[n * rank : n * (rank + 1)]
     uniform = torch.rand(n * world, 8, generator=generator, device=device)[n * rank : n * (rank + 1)]
@@ -1023,39 +1041,52 @@ def load_evaluator(args, device):
     return classifier, accuracy, features, test_labels, frechet(read(classifier, pictures)[0], features)
 
 def report(args, saved):
-    """--report: how many of 10,000 pictures are read as asked, by class, and their Fréchet distance; as a dict.
+    """--report: what a classifier reads in 10,000 pictures, by class, and their Fréchet distance; as a dict.
 
-    They have the labels that the test pictures have, so that both have each class as often.
+    Where the model is told the class, it is asked for those that the test pictures have, so that both have each class
+    as often. A class with less than a tenth of its share of the test pictures has vanished, which earns a warning.
     """
     device = pick_device(args)[0]
     use_gan_ops(device, not args.no_fused)
     trained = argparse.Namespace(**{**vars(args), "seed": saved["config"]["seed"]})  # which chose what is held out
     classifier, accuracy, features, labels, floor = load_evaluator(trained, device)
-    labels = labels[torch.arange(10_000) * len(labels) // 10_000]
-    asked = argparse.Namespace(**{**vars(args), "labels": labels.tolist()})
+    labels, told = labels[torch.arange(10_000) * len(labels) // 10_000], condition(args, 1).shape[1] > 0
+    asked = argparse.Namespace(**{**vars(args), "labels": labels.tolist() if told else None})
     made, classes = read(classifier, torch.cat(list(sampled(asked, saved, len(labels)))))
     right = (classes == labels).double()
-    by_class = {name: round(right[labels == i].mean().item(), 4) for i, name in enumerate(args.names)}
-    figures = dict(classifier_accuracy=accuracy, read_as_asked=right.mean().item(), by_class=by_class,
-                   frechet=frechet(made, features), frechet_floor=floor)
+    figures = dict(classifier_accuracy=accuracy, frechet=frechet(made, features), frechet_floor=floor, by_class={})
     print(f"10,000 pictures, read by a classifier that is right on {accuracy:.2%} of real test pictures")
-    for name, share in by_class.items():
-        print(f"  {name:>12}  {share:.2%} read as asked")
-    print(f"  {'all':>12}  {figures['read_as_asked']:.2%}; Fréchet distance {figures['frechet']:.4f} to the test "
-          f"pictures, where the real ones trained on have {floor:.4f}", flush=True)
+    for i, name in enumerate(trained.names):
+        row = dict(share=(classes == i).double().mean().item(), real_share=(labels == i).double().mean().item())
+        row.update(read_as_asked=right[labels == i].mean().item()) if told else None
+        figures["by_class"][name] = row
+        as_asked = f"; {row['read_as_asked']:7.2%} read as asked" if told else ""
+        print(f"  {name:>12}  {row['share']:6.2%} of the pictures{as_asked}")
+    figures.update(read_as_asked=right.mean().item()) if told else None
+    figures["vanished"] = [name for name, row in figures["by_class"].items() if row["share"] < row["real_share"] / 10]
+    if told:
+        print(f"{figures['read_as_asked']:.2%} of all are read as asked")
+    print(f"Fréchet distance {figures['frechet']:.4f} to the test pictures, where the real ones trained on have "
+          f"{floor:.4f}", flush=True)
+    if figures["vanished"]:
+        print(f"warning: {len(figures['vanished'])} of {len(trained.names)} classes vanished, "
+              f"{', '.join(figures['vanished'])}: the generator has collapsed; a lower --lr may help")
     return figures
-# --- end shared ---
 
 def train_and_report(args, saved=None):
-    """Train; then one_noise.png, the same noise in each row through all classes, and the report into report.json."""
+    """Train; then the report into report.json and, where the model is told the class, one_noise.png.
+
+    In one_noise.png each row has the same noise, through all classes.
+    """
     train(args, saved)
     if os.environ.get("RANK", "0") != "0":
         return
-    out, classes = Path(args.out), len(args.names)
+    out, classes = Path(args.out), condition(args, 1).shape[1]
     models = load_weights(out / "models.pth")
-    z = torch.randn(8, Z, generator=torch.Generator().manual_seed(args.seed)).repeat_interleave(classes, 0)
-    pictures = sample(load_generator(args, models), torch.cat([torch.eye(classes).repeat(8, 1), z], 1))
-    write(out / "one_noise.png", to_grid(pictures, classes).save)
+    if classes:
+        z = torch.randn(8, Z, generator=torch.Generator().manual_seed(args.seed)).repeat_interleave(classes, 0)
+        pictures = sample(load_generator(args, models), torch.cat([torch.eye(classes).repeat(8, 1), z], 1))
+        write(out / "one_noise.png", to_grid(pictures, classes).save)
     if args.report is False:
         return
     try:
@@ -1066,6 +1097,7 @@ def train_and_report(args, saved=None):
         write(out / "report.json", lambda part: part.write_text(json.dumps(figures, indent=2) + "\n"))
 
 USES.update(train=train_and_report, report=report)
+# --- end shared ---
 
 # %% Command line
 def make_parser():
@@ -1085,7 +1117,7 @@ def make_parser():
     add("--classes", nargs="+", default=[], help="only these subfolders of --data")
     add("--epochs", type=number(1), help=f"ends the run, if --steps does not before (with neither: {END})")
     add("--steps", type=number(1), help="ends the run, if --epochs does not before")
-    add("--batch-size", type=number(2), default=64, help="pictures a step, in each process (64)")
+    add("--batch-size", type=number(2), help=f"pictures a step, in each process ({by_recipe('batch_size')})")
     add("--lr", type=number(0, float), help=f"Adam's learning rate for the generator ({by_recipe('lr')})")
     add("--d-lr", type=number(0, float), help=f"and for the discriminator ({by_recipe('d_lr')})")
     add("--beta1", type=number(0, float, 1), help=f"Adam's first beta ({by_recipe('beta1')})")
@@ -1143,7 +1175,7 @@ def parse(argv):
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset))))
     given = {name: value for name, value in given.items() if value is not unset}
     args = argparse.Namespace(**{**defaults, **given})
-    needs_one = [name for name in USES if name not in ("per_class", "train")]
+    needs_one = [name for name in USES if name not in ("per_class", "import_keras", "train")]
     asked = [name for name in needs_one if getattr(args, name)]
     if bool(asked) != bool(args.checkpoint):
         which = " or ".join(f"--{name}" for name in asked or needs_one)

@@ -28,8 +28,8 @@ SCRIPT, DATA, Z, STEPS = "dcgan", "synthetic", 100, 5000
 DRAWN, SAMPLES, PER_ROW = (), 64, 8  # classes of what draw_picture draws; pictures of a sample grid, and in its rows
 END = f"20 epochs, or the more that {STEPS} steps are"  # of a run whose end is not given
 RECIPES = {  # the paper's, and what small sets need besides; a flag given by hand wins
-    "robust": dict(lr=2e-4, d_lr=4e-4, beta1=0.0, augment="auto", flip="auto", ema=0.999, held_out=0.05),
-    "classic": dict(lr=2e-4, d_lr=2e-4, beta1=0.5, augment="none", flip=False, ema=0.0, held_out=0.0),
+    "robust": dict(batch_size=64, lr=2e-4, d_lr=4e-4, beta1=0.0, augment="auto", flip="auto", ema=0.999, held_out=0.05),
+    "classic": dict(batch_size=64, lr=2e-4, d_lr=2e-4, beta1=0.5, augment="none", flip=False, ema=0.0, held_out=0.0),
 }
 METRICS = "loss_d", "loss_g", "d_real", "d_fake", "d_fake_after"  # what train_step adds up
 CURVES = {  # picture: its title, its unit, and the columns of metrics.csv that it shows
@@ -100,6 +100,7 @@ def make_networks(args):
     return g, d
 
 probability = torch.sigmoid  # of being real, from what the discriminator gives
+Optimiser = torch.optim.Adam  # of both networks
 
 def condition(args, count):
     """What the generator is told of `count` pictures besides z, count,0: nothing."""
@@ -421,20 +422,27 @@ def batches(pack, kept, args, device, rank, world, step, labels=()):
     if device.type == "cuda" and pack.nbytes < torch.cuda.mem_get_info()[0] / 2:
         data = [part.to(device) for part in data]
 
-    def read(step):
+    def rows(step):
         epoch, start = step // steps, (step % steps * world + rank) * size
         if epoch not in orders:
             orders.clear()
             generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
             orders[epoch] = kept[torch.randperm(len(kept), generator=generator)].to(data[0].device)
-        batch = [part[orders[epoch][start : start + size]] for part in data]
-        return [part.pin_memory() if device.type == "cuda" and not part.is_cuda else part for part in batch]
+        return orders[epoch][start : start + size]
+
+    def read(which):
+        if data[0].is_cuda:
+            return [part[which] for part in data]
+        # By numpy, as PyTorch would start OpenMP threads for this thread too: with more of them than cores they no
+        # longer wait for work awake, and all that the training does in parallel takes up to half as long again.
+        batch = [torch.from_numpy(part.numpy()[which.numpy()]) for part in data]
+        return [part.pin_memory() for part in batch] if device.type == "cuda" else batch
 
     choose = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None  # for its thread
     with ThreadPoolExecutor(1, initializer=choose) as thread:
-        ahead = thread.submit(read, step)
+        ahead = thread.submit(read, rows(step))
         for step in itertools.count(step + 1):
-            now, ahead = ahead, thread.submit(read, step)
+            now, ahead = ahead, thread.submit(read, rows(step))
             yield [part.to(device, non_blocking=True) for part in now.result()]
 
 def to_float(batch, uniform, flip):
@@ -647,11 +655,14 @@ def build(args, device, precision):
     for net in (G, D) if args.compile else ():
         net.compile()
     adam = dict(betas=(args.beta1, 0.999), fused=device.type != "mps", capturable=device.type == "cuda")
-    opt_g, opt_d = (torch.optim.Adam(net.parameters(), lr, **adam) for net, lr in ((G, args.lr), (D, args.d_lr)))
+    opt_g, opt_d = (Optimiser(net.parameters(), lr, **adam) for net, lr in ((G, args.lr), (D, args.d_lr)))
     dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(precision)
     autocast = functools.partial(torch.autocast, device.type, dtype or torch.bfloat16, enabled=bool(dtype))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     last, sums, pairs = (*torch.zeros(2, len(METRICS), device=device), list(zip(*floats)))
+    if not args.ema:  # the average is the generator itself: the same tensors, and nothing to move
+        ema.load_state_dict(G.state_dict(), assign=True)
+        pairs = []
     return argparse.Namespace(**{name: value for name, value in locals().items() if name not in ("args", "floats")})
 
 def optimise(nets, loss, optimiser):
@@ -701,7 +712,9 @@ def draws(args, step, device, rank, world):
     """
     seed, n = args.seed * 1_000_003 + step, args.batch_size
     # For what networks draw themselves, as dropout does; ranks differ in the low 32 bits, the only ones a CPU looks at.
-    torch.manual_seed((seed + (rank + 1) * 2_654_435_769) % 2**63)
+    # Of this device alone: torch.manual_seed also notes down a call, and who made it, for each kind that is not there.
+    own = torch.default_generator if device.type == "cpu" else getattr(torch, device.type)
+    own.manual_seed((seed + (rank + 1) * 2_654_435_769) % 2**63)
     generator = torch.Generator(device).manual_seed(seed)
     z = torch.randn(n * world, Z, generator=generator, device=device)[n * rank : n * (rank + 1)]
     uniform = torch.rand(n * world, 8, generator=generator, device=device)[n * rank : n * (rank + 1)]
@@ -1007,7 +1020,7 @@ def make_parser():
     add("--classes", nargs="+", default=[], help="only these subfolders of --data")
     add("--epochs", type=number(1), help=f"ends the run, if --steps does not before (with neither: {END})")
     add("--steps", type=number(1), help="ends the run, if --epochs does not before")
-    add("--batch-size", type=number(2), default=64, help="pictures a step, in each process (64)")
+    add("--batch-size", type=number(2), help=f"pictures a step, in each process ({by_recipe('batch_size')})")
     add("--lr", type=number(0, float), help=f"Adam's learning rate for the generator ({by_recipe('lr')})")
     add("--d-lr", type=number(0, float), help=f"and for the discriminator ({by_recipe('d_lr')})")
     add("--beta1", type=number(0, float, 1), help=f"Adam's first beta ({by_recipe('beta1')})")
@@ -1065,7 +1078,7 @@ def parse(argv):
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset))))
     given = {name: value for name, value in given.items() if value is not unset}
     args = argparse.Namespace(**{**defaults, **given})
-    needs_one = [name for name in USES if name not in ("per_class", "train")]
+    needs_one = [name for name in USES if name not in ("per_class", "import_keras", "train")]
     asked = [name for name in needs_one if getattr(args, name)]
     if bool(asked) != bool(args.checkpoint):
         which = " or ".join(f"--{name}" for name in asked or needs_one)

@@ -694,13 +694,20 @@ def echo(monkeypatch, *data):
 
 def test_training_ends_with_a_report(trained):
     figures = json.loads((trained / "report.json").read_text())
-    assert list(figures) == ["classifier_accuracy", "read_as_asked", "by_class", "frechet", "frechet_floor"]
+    assert list(figures) == ["classifier_accuracy", "frechet", "frechet_floor", "by_class", "read_as_asked", "vanished"]
     assert list(figures["by_class"]) == DIGITS
     assert figures["classifier_accuracy"] == pytest.approx(1 - WRONG / 100, abs=0.021)
     assert figures["frechet"] > figures["frechet_floor"] > 0
-    shares = np.array(list(figures["by_class"].values()))
-    assert np.average(shares, weights=COUNTS) == pytest.approx(figures["read_as_asked"], abs=1e-4)
-    assert (0 <= shares).all() and (shares <= 1).all()
+    share, real_share, as_asked = (column(figures, name) for name in ("share", "real_share", "read_as_asked"))
+    assert np.average(as_asked, weights=COUNTS) == pytest.approx(figures["read_as_asked"])
+    assert real_share == pytest.approx(np.array(COUNTS) / 100) and share.sum() == pytest.approx(1)
+    assert (0 <= share).all() and (0 <= as_asked).all() and (as_asked <= 1).all()
+
+
+def column(figures, name):
+    """One of a report's figures for all classes, in their order."""
+    assert all(list(row) == ["share", "real_share", "read_as_asked"] for row in figures["by_class"].values())
+    return np.array([row[name] for row in figures["by_class"].values()])
 
 
 @pytest.fixture
@@ -715,9 +722,11 @@ def test_a_report_on_a_checkpoint_is_the_same_one(trained, root, once, capsys):
     assert figures == json.loads((trained / "report.json").read_text())
     out = capsys.readouterr().out
     assert "10,000" in out and f"right on {figures['classifier_accuracy']:.2%}" in out
-    rows = dict(line.split()[:2] for line in out.splitlines() if line.endswith("read as asked"))
-    assert rows == {name: f"{share:.2%}" for name, share in figures["by_class"].items()}
-    assert f"{figures['read_as_asked']:.2%}; " in out and f"{figures['frechet']:.4f}" in out
+    rows = [line.replace(";", "").split() for line in out.splitlines() if " of the pictures; " in line]
+    assert [row[:2] + row[5:6] for row in rows] == [[name, f"{row['share']:.2%}", f"{row['read_as_asked']:.2%}"]
+                                                    for name, row in figures["by_class"].items()]
+    assert f"{figures['read_as_asked']:.2%} of all are read as asked" in out and f"{figures['frechet']:.4f}" in out
+    assert f"{figures['frechet_floor']:.4f}" in out
 
 
 @pytest.mark.parametrize("shift", [0, 1, 5])
@@ -729,13 +738,11 @@ def test_a_report_on_real_pictures(shift, trained, root, once, monkeypatch):
     figures = run("--report", "--checkpoint", trained / "models.pth", "--root", root)
     assert np.bincount(network.asked).tolist() == [100 * count for count in COUNTS]
     if shift:
-        assert figures["read_as_asked"] < 0.12 and max(figures["by_class"].values()) < 0.3
+        assert figures["read_as_asked"] < 0.12 and column(figures, "read_as_asked").max() < 0.3
         return
     assert figures["read_as_asked"] == pytest.approx(figures["classifier_accuracy"])
     assert figures["frechet"] == pytest.approx(0, abs=0.01) and figures["frechet_floor"] > 0.05
-    wrong = {name: 1 - share for name, share in figures["by_class"].items()}
-    assert sum(share * count for share, count in zip(wrong.values(), COUNTS)) == pytest.approx(
-        100 * (1 - figures["classifier_accuracy"]), abs=0.05)
+    assert (1 - column(figures, "read_as_asked")) @ COUNTS == pytest.approx(100 * (1 - figures["classifier_accuracy"]))
 
 
 @pytest.mark.parametrize("names, counts", [(["1", "2"], [30, 70]), (["b", "a"], [70, 30]), (["x", "y"], [9000, 3000]),
@@ -752,7 +759,49 @@ def test_a_report_asks_for_each_class_as_often_as_the_test_set_has_it(names, cou
     figures = cgan.report(args, dict(config=dict(seed=0)))
     shares = np.bincount(network.asked, minlength=len(names)) / 10_000
     assert len(network.asked) == 10_000 and shares.tolist() == pytest.approx(np.divide(counts, sum(counts)), abs=0.001)
-    assert figures["by_class"] == {name: float(i == 0) for i, name in enumerate(names)}
+    assert list(figures["by_class"]) == names
+    assert column(figures, "real_share").tolist() == shares.tolist()
+    for name in "share", "read_as_asked":  # all are read as the first class
+        assert column(figures, name).tolist() == [1.0] + [0.0] * (len(names) - 1)
+
+
+VANISHED = [([5000, 3000, 2000], []), ([6000, 3900, 100], ["bee"]), ([9601, 299, 100], ["ox", "bee"]),
+            ([6501, 3400, 99], ["bee"]), ([0, 10_000, 0], ["ape", "bee"]), ([500, 8900, 600], []),
+            ([499, 8901, 600], ["ape"])]
+
+
+@pytest.mark.parametrize("counts, vanished", VANISHED)
+def test_classes_that_the_model_hardly_makes_have_vanished(counts, vanished, clothes, monkeypatch, capsys):
+    """Those with less than a tenth of their share of the test pictures, where they are half, 30% and 20%."""
+    labels, features = torch.arange(3).repeat_interleave(torch.tensor([5, 3, 2])), torch.randn(20, 4).double()
+    echo(monkeypatch, torch.zeros(10, 1, 28, 28), labels)
+    monkeypatch.setattr(cgan, "load_evaluator", lambda *args: (None, 0.9, features, labels, 0.1))
+    monkeypatch.setattr(cgan, "read", lambda net, pictures: (torch.randn(len(pictures), 4).double(),
+                                                             torch.arange(3).repeat_interleave(torch.tensor(counts))))
+    args = parsed("--device", "cpu")
+    args.names = ["ape", "ox", "bee"]
+    figures = cgan.report(args, dict(config=dict(seed=0)))
+    assert column(figures, "share").tolist() == [count / 10_000 for count in counts]
+    assert column(figures, "real_share").tolist() == [0.5, 0.3, 0.2] and figures["vanished"] == vanished
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    if vanished:
+        assert len(warnings) == 1 and f"{len(vanished)} of 3 classes" in warnings[0]
+        assert ", ".join(vanished) in warnings[0]
+    assert bool(warnings) == bool(vanished)
+
+
+def test_a_class_that_the_model_never_makes_is_named(trained, root, once, monkeypatch, capsys):
+    """Real pictures of all digits but 4, in whose place there are those of 1."""
+    pack, labels, _ = labelled("--data", "mnist", "--root", root)
+    network = echo(monkeypatch, torch.from_numpy(np.array(pack)).permute(0, 3, 1, 2), torch.tensor(labels))
+    network.turns[4] = network.turns[1]
+    capsys.readouterr()
+    figures = run("--report", "--checkpoint", trained / "models.pth", "--root", root)
+    share = column(figures, "share")
+    assert share.sum() == pytest.approx(1) and share[1] > 0.2 and share[4] < 0.01
+    assert figures["vanished"] == ["4"]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert "1 of 10 classes" in line and ", 4:" in line
 
 
 def test_a_classifier_is_trained_once_for_each_data(root, tmp_path, untrained):
