@@ -10,14 +10,17 @@ from nbclient import NotebookClient
 import cgan_residual
 import cspup128
 import dcgan
+import fashion_keras_port
 
 TINY = {cspup128: "--width 2 --batch-size 8 --steps 3 --precision fp32"}
 TINY[dcgan] = f"{TINY[cspup128]} --size 32"
 TINY[cgan_residual] = f"{TINY[cspup128]} --data synthetic --no-report"
+TINY[fashion_keras_port] = TINY[cgan_residual]
 MORE = {cgan_residual: ["one_noise"]}  # pictures of a run besides those that all scripts have
 DEFAULTS = {cspup128: "64 ['synthetic'] runs/cspup128", dcgan: "64 ['synthetic'] runs/dcgan",
-            cgan_residual: f"{cgan_residual.WIDTH} ['mnist'] runs/cgan_residual"}
-each = pytest.mark.parametrize("script", [cspup128, dcgan, cgan_residual], ids=lambda script: script.SCRIPT)
+            cgan_residual: f"{cgan_residual.WIDTH} ['mnist'] runs/cgan_residual",
+            fashion_keras_port: "256 ['fashion'] runs/fashion_keras_port"}
+each = pytest.mark.parametrize("script", TINY, ids=lambda script: script.SCRIPT)
 
 
 def text_of(script):

@@ -7,10 +7,12 @@ import pytest
 import cgan_residual
 import cspup128
 import dcgan
+import fashion_keras_port
 from shared_parts import TOP
 
 README = (TOP / "README.md").read_text()
-each = pytest.mark.parametrize("script", [cspup128, dcgan, cgan_residual], ids=lambda script: script.SCRIPT)
+SCRIPTS = cspup128, dcgan, cgan_residual, fashion_keras_port
+each = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.SCRIPT)
 
 
 def commands(script):

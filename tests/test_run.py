@@ -17,34 +17,47 @@ from PIL import Image
 import cgan_residual
 import cspup128
 import dcgan
+import fashion_keras_port
 
 TINY = {cspup128: ["--width", "2", "--batch-size", "8", "--precision", "fp32"]}
 TINY[dcgan] = [*TINY[cspup128], "--size", "32"]
 TINY[cgan_residual] = [*TINY[cspup128], "--augment", "auto", "--no-report"]
-SETS = {cspup128: "faces", dcgan: "faces", cgan_residual: "digits"}
-MORE = {cspup128: set(), dcgan: set(), cgan_residual: {"one_noise.png"}}  # in its run folder, besides what all have
-HELD_OUT = {cspup128: 0, dcgan: 2, cgan_residual: 0}  # of 40 pictures
-LIFE = {cspup128: 2, dcgan: 1, cgan_residual: 1}  # seconds after which a run is stopped, or within which it is killed
+TINY[fashion_keras_port] = TINY[cgan_residual]
+SETS = {cspup128: "faces", dcgan: "faces", cgan_residual: "digits", fashion_keras_port: "clothes"}
+MORE = {cgan_residual: {"one_noise.png"}}  # in its run folder, besides what all have
+HELD_OUT = {dcgan: 2}  # of 40 pictures
+LIFE = {cspup128: 2}  # seconds after which a run is stopped, or within which it is killed; 1 where not said
+STEPS = {fashion_keras_port: 1000}  # of the run that is killed twenty times; 400 where not said
+CONVOLUTIONS = ["--arch", "dcgan", "--conditional", "--loss", "wgan-gp"]
 FORKS = multiprocessing.get_context("forkserver")  # whose processes begin with these imported
 FORKS.set_forkserver_preload(["torch", "torchvision", "tqdm.auto", "pytest"])
 
 
-@pytest.fixture(scope="module", params=[cspup128, dcgan, cgan_residual], ids=lambda script: script.SCRIPT)
+@pytest.fixture(scope="module", params=TINY, ids=lambda script: script.SCRIPT)
 def script(request):
     """Each script in turn."""
     return request.param
 
 
+@pytest.fixture(scope="module", params=[*((script, []) for script in TINY), (fashion_keras_port, CONVOLUTIONS)],
+                ids=lambda kind: kind[0].SCRIPT + "-dcgan" * bool(kind[1]))
+def kind(request):
+    """Each script in turn with the flags that choose its networks: fashion_keras_port.py has two kinds of them."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A --root in which 40 pictures stand as a folder, and 40 digits as a folder of four classes."""
+    """A --root with folders of 40 pictures, of 40 digits in four classes, and of 40 clothes in four classes."""
     root = tmp_path_factory.mktemp("root")
     (root / "faces").mkdir()
     for i in range(40):
         cspup128.draw_picture(i).resize((160, 160)).save(root / "faces" / f"{i}.png")
         number = 10 * (i // 4) + i % 4
-        (root / "digits" / f"{i % 4}").mkdir(parents=True, exist_ok=True)
-        cgan_residual.draw_picture(number).save(root / "digits" / f"{i % 4}" / f"{number}.png")
+        drawn = dict(digits=cgan_residual.draw_picture(number), clothes=fashion_keras_port.draw_picture(i))
+        for name, image in drawn.items():
+            (root / name / f"{i % 4}").mkdir(parents=True, exist_ok=True)
+            image.save(root / name / f"{i % 4}" / f"{i}.png")
     return root
 
 
@@ -87,14 +100,14 @@ def test_a_run_leaves_the_whole_folder(script, root, tmp_path):
     names = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
     samples = {f"samples/epoch_{i:04d}.png" for i in (1, 2, 3)}
     pictures = {*(f"{curve}.png" for curve in script.CURVES), "comparison.png", "evolution.gif"}
-    pictures |= MORE[script]
+    pictures |= MORE.get(script, set())
     assert names == {"config.json", "metrics.csv", "checkpoint.pt", "models.pth"} | samples | pictures
     for picture in samples | pictures:
         assert np.asarray(Image.open(out / picture).convert("L")).std() > 5
     assert Image.open(out / "evolution.gif").n_frames == 3
     config = json.loads((out / "config.json").read_text())
     assert config["width"] == 2 and config["augment"] == "on" and config["used"]["pictures"] == 40
-    assert config["used"]["held_out"] == HELD_OUT[script] and config["flip"] in (True, False)
+    assert config["used"]["held_out"] == HELD_OUT.get(script, 0) and config["flip"] in (True, False)
     assert config["used"]["device"] in ("cpu", "cuda:0", "mps") and "gan_ops" in config["used"]
     head, *rows = csv.reader((out / "metrics.csv").open())
     epoch, last = ("3", 12) if script is dcgan else ("2", 15)  # of 38 pictures and of 40
@@ -118,9 +131,10 @@ def test_the_same_seed_gives_the_same_files_and_another_seed_others(script, root
         same_run(tmp_path / "a", tmp_path / "c")
 
 
-def test_a_longer_run_goes_on_from_a_shorter_one_bit_for_bit(script, root, tmp_path):
-    script.main(flags(script, root, tmp_path / "whole", "--steps", "23", "--d-every", "2"))
-    script.main(flags(script, root, tmp_path / "parts", "--steps", "7", "--d-every", "2"))
+def test_a_longer_run_goes_on_from_a_shorter_one_bit_for_bit(kind, root, tmp_path):
+    script, networks = kind
+    for name, steps in ("whole", "23"), ("parts", "7"):
+        script.main(flags(script, root, tmp_path / name, "--steps", steps, "--d-every", "2", *networks))
     for steps in ("8", "16"):
         script.main(["--resume", "--out", str(tmp_path / "parts"), "--steps", steps])
     before = linked(tmp_path / "parts", tmp_path / "links")
@@ -129,6 +143,24 @@ def test_a_longer_run_goes_on_from_a_shorter_one_bit_for_bit(script, root, tmp_p
     for name, (link, content) in before.items():  # each file is whole before it takes the place of the earlier one
         assert link.read_bytes() == content, name
         assert name.parts[0] == "samples" or not link.samefile(tmp_path / "parts" / name), name
+
+
+def test_without_an_average_the_generator_itself_is_kept(script, root, tmp_path, monkeypatch):
+    """With --ema 0, resumed too, the two have their tensors in common; any other --ema gives the average its own."""
+    built, build = [], script.build
+    monkeypatch.setattr(script, "build", lambda *given: built.append(build(*given)) or built[-1])
+    script.main(flags(script, root, tmp_path / "run", "--steps", "2", "--ema", "0"))
+    script.main(["--resume", "--out", str(tmp_path / "run"), "--steps", "4"])
+    script.main(flags(script, root, tmp_path / "averaged", "--steps", "2", "--ema", "0.9"))
+    for nets, shared in zip(built, (True, True, False), strict=True):
+        places = [{name: t.data_ptr() for name, t in net.state_dict().items()} for net in (nets.G, nets.ema)]
+        assert (places[0] == places[1]) == shared and places[0].keys() == places[1].keys()
+        assert not any(p.requires_grad for p in nets.ema.parameters()) and not nets.ema.training
+    models, saved = (torch.load(tmp_path / "run" / name, weights_only=True) for name in ("models.pth", "checkpoint.pt"))
+    assert saved["step"] == 4
+    for name, value in built[1].G.state_dict().items():
+        assert torch.equal(models["Generator"][name], value) and torch.equal(saved["G"][name], value)
+    assert any(not torch.equal(value, built[0].G.state_dict()[name]) for name, value in models["Generator"].items())
 
 
 def test_resuming_where_there_is_nothing_yet_starts(root, tmp_path, capsys):
@@ -179,7 +211,7 @@ def test_a_signal_saves_and_says_how_to_go_on(script, root, tmp_path, number):
     out = tmp_path / "run"
     process = start(script, flags(script, root, out, "--steps", "100000", "--save-every", "60"))
     wait_for_save(lambda: process.poll() is None, out / "checkpoint.pt")  # the one of step 0
-    time.sleep(LIFE[script])
+    time.sleep(LIFE.get(script, 1))
     process.send_signal(number)
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + number
@@ -193,24 +225,25 @@ def test_a_signal_saves_and_says_how_to_go_on(script, root, tmp_path, number):
     same_run(out, tmp_path / "whole")
 
 
-def test_twenty_kills_change_nothing(script, root, tmp_path):
+def test_twenty_kills_change_nothing(kind, root, tmp_path):
     """SIGKILL at ten moments of a life from its start on, and at ten soon after it has saved; then the end."""
-    rng, steps = random.Random(0), "400"
-    process = start(script, flags(script, root, tmp_path / "whole", "--steps", steps, "--save-every", "60"))
+    script, networks = kind
+    rng, more = random.Random(0), ["--steps", str(400 if networks else STEPS.get(script, 400)), *networks]
+    process = start(script, flags(script, root, tmp_path / "whole", *more, "--save-every", "60"))
     out, printed, lives = tmp_path / "killed", tmp_path / "printed.txt", []
-    arguments = flags(script, root, out, "--steps", steps, "--save-every", "0", "--resume")
+    arguments = flags(script, root, out, *more, "--save-every", "0", "--resume")
     for kill in range(20):
         life = fork(script, arguments, printed)
         if kill % 2:
             wait_for_save(life.is_alive, out / "checkpoint.pt")
-        time.sleep(rng.uniform(0, 0.5) if kill % 2 else rng.uniform(0, LIFE[script]))
+        time.sleep(rng.uniform(0, 0.5) if kill % 2 else rng.uniform(0, LIFE.get(script, 1)))
         life.kill()
         life.join()
         saved = (out / "checkpoint.pt").exists()
         lives.append(torch.load(out / "checkpoint.pt", weights_only=True)["step"] if saved else -1)
     assert lives == sorted(lives) and len(set(lives)) > 5, lives
     (out / "samples" / ".part-1-epoch_0001.png").write_bytes(b"cut short")  # as a kill may leave it; seen once
-    life = fork(script, arguments, printed)
+    life = fork(script, [*arguments, "--save-every", "60"], printed)
     life.join()
     assert life.exitcode == 0, printed.read_text()[-500:]
     text, _ = process.communicate()
