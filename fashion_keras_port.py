@@ -4,8 +4,8 @@ The default is the fully connected GAN of many a Keras notebook, to float32 roun
 al. 2014): Keras's initial weights, batch norm, Adam and losses. Flags add classes, convolutions and other losses.
 
     python fashion_keras_port.py                                     # Fashion-MNIST, which torchvision downloads
-    python fashion_keras_port.py --arch dcgan --conditional --loss hinge --data synthetic --steps 600
-    python fashion_keras_port.py --import-keras generator.keras discriminator.keras --out runs/imported
+    python fashion_keras_port.py --arch dcgan --conditional --loss wgan-gp --data synthetic --steps 600
+    python fashion_keras_port.py --export-keras generator.keras --checkpoint runs/fashion_keras_port/models.pth
 """
 # %% [markdown]
 # # Two networks that play against each other
@@ -38,7 +38,7 @@ DRAWN, SAMPLES, PER_ROW = ("T-shirt", "Trouser", "Dress", "Bag"), 100, 10  # of 
 RECIPES = {  # by --arch: what the Keras original has, and what convolutions were found to like
     "dense": dict(width=256, batch_size=32, lr=2e-4, d_lr=2e-4, beta1=0.5, ema=0.0, augment="none", flip=False,
                   held_out=0.0),
-    "dcgan": dict(width=16, batch_size=64, lr=1e-3, d_lr=1e-3, beta1=0.0, ema=0.999, augment="none", flip=False,
+    "dcgan": dict(width=16, batch_size=64, lr=5e-4, d_lr=5e-4, beta1=0.0, ema=0.999, augment="none", flip=False,
                   held_out=0.0),
 }
 METRICS = "loss_d", "loss_g", "d_real", "d_fake"  # what train_step adds up
@@ -271,6 +271,7 @@ def train_step(nets, args, inputs, train_d=True):
             scores.append(logit.detach().sigmoid().mean())
             if args.loss == "bce":
                 optimise(nets, losses[-1], nets.opt_d)
+                nets.scaler.update()  # which allows each optimiser one step, and here the next one follows
         loss = sum(losses) / 2
         if args.loss == "wgan-gp":
             loss = loss + 5 * gradient_penalty(judge, real, fake.float(), uniform[:, :1])  # half the paper's, as all is

@@ -18,7 +18,8 @@ from train import make_ours
 import fashion_keras_port as script
 
 ROWS = ["", "--conditional", "--arch dcgan", "--loss hinge", "--loss lsgan", "--loss wgan-gp",
-        "--arch dcgan --conditional", "--arch dcgan --conditional --loss hinge"]
+        "--arch dcgan --conditional", "--arch dcgan --conditional --loss hinge",
+        "--arch dcgan --conditional --loss wgan-gp"]
 
 
 def judge(evaluator, args, generator, device):

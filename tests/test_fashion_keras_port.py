@@ -176,7 +176,7 @@ def test_defaults_follow_from_the_architecture_and_flags_win(arch, batch):
     dense = arch == "dense"
     args = parsed("--arch", arch)
     assert (args.width, args.batch_size) == (256 if dense else 16, batch)
-    assert args.lr == args.d_lr == (2e-4 if dense else 1e-3)
+    assert args.lr == args.d_lr == (2e-4 if dense else 5e-4)
     assert (args.beta1, args.ema) == ((0.5, 0.0) if dense else (0.0, 0.999))
     assert (args.augment, args.flip, args.held_out, args.loss, args.conditional) == ("none", False, 0.0, "bce", False)
     args = parsed("--arch", arch, "--width", 3, "--batch-size", 5, "--lr", 0.1, "--d-lr", 0.2, "--beta1", 0.3,
