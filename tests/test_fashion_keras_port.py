@@ -329,6 +329,20 @@ def test_a_step_changes_both_networks_and_bce_takes_two_of_the_discriminator(kin
             assert torch.equal(parameter, old[name]) != moved and parameter.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", LOSSES)
+def test_with_fp16s_scaler_too_each_optimiser_takes_its_steps(kind):
+    """The scaler allows an optimiser one step between two updates, and bce has two of the discriminator."""
+    args, _ = prepared("--loss", kind)
+    nets = port.build(args, CPU, "fp16")
+    assert nets.scaler.is_enabled()
+    nets.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)  # at which nothing overflows
+    before = {name: value.clone() for name, value in nets.D.state_dict().items()}
+    port.train_step(nets, args, [part.float() if part.is_floating_point() else part for part in inputs(args)])
+    steps = {state["step"].item() - port.Optimiser.OFFSET for state in nets.opt_d.state.values()}
+    assert steps == {2 if kind == "bce" else 1}
+    assert nets.last.isfinite().all() and not torch.equal(before["layers.1.weight"], nets.D.layers[1].weight)
+
+
 @pytest.mark.parametrize("augment", ["none", "on"])
 @pytest.mark.parametrize("flags", ARCHES, ids=["dense", "dcgan with labels"])
 def test_what_the_networks_are_given(flags, augment, double):
