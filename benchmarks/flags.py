@@ -22,15 +22,11 @@ ROWS = ["", "--conditional", "--arch dcgan", "--loss hinge", "--loss lsgan", "--
         "--arch dcgan --conditional --loss wgan-gp"]
 
 
-def judge(evaluator, args, generator, device):
+def judge(evaluator, args, generator):
     """(figures by name, pictures uint8 N,1,28,28) of as many pictures as the test set has, with its labels."""
     classifier, _, features, labels, _ = evaluator
     asked = argparse.Namespace(**{**vars(args), "labels": labels.tolist() if args.conditional else None})
-    numbers, made = torch.Generator().manual_seed(args.seed), []
-    for part in script.condition(asked, len(labels)).split(64):
-        z = torch.randn(len(part), script.Z, generator=numbers)
-        made.append(script.sample(generator, torch.cat([part, z], 1).to(device)))
-    made = torch.cat(made)
+    made = torch.cat(list(script.sampled(asked, dict(Generator=generator.state_dict()), len(labels))))
     of_made, classes = script.read(classifier, made)
     shares = torch.bincount(classes, minlength=len(labels.unique())) / len(classes)
     as_asked = (classes == labels).double().mean().item() if args.conditional else None
@@ -63,7 +59,7 @@ def compare(rows, others, options):
         for row, (args, source, step, generator) in trained.items():
             done, seconds = train_for(source, step, min(options.slice, options.seconds - spent[row]), device)
             spent[row], steps[row] = spent[row] + seconds, steps[row] + done
-            values, made[row] = judge(evaluator, args, generator, device)
+            values, made[row] = judge(evaluator, args, generator)
             figures.append(dict(row=row, seconds=round(spent[row], 1), steps=steps[row], **values))
             asked = f", {values['read_as_asked']:.2%} read as asked" if args.conditional else ""
             print(f"{spent[row]:6.0f} s {steps[row]:7} steps: Frechet distance {values['frechet']:.4f}, least share of "

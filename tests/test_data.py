@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -403,6 +405,28 @@ def test_rest_of_an_epoch_is_dropped_and_no_picture_comes_twice():
 def test_order_follows_from_the_seed():
     assert np.array_equal(orders(20, 4, 10, seed=1), orders(20, 4, 10, seed=1))
     assert not np.array_equal(orders(20, 4, 10, seed=1), orders(20, 4, 10, seed=2))
+
+
+THREADS = """
+import os, argparse, itertools, numpy as np, torch, cspup128
+count = lambda: len(os.listdir("/proc/self/task"))
+torch.set_num_threads(4)
+torch.rand(1 << 20).add_(1)  # the team of the training itself
+before, args = count(), argparse.Namespace(batch_size=20_000, seed=0)
+pack, labels = np.zeros((60_000, 2, 2, 1), np.uint8), torch.rand(60_000, 10)
+source = cspup128.batches(pack, torch.arange(60_000), args, torch.device("cpu"), 0, 1, 0, (labels,))
+list(itertools.islice(source, 4))
+print(torch.get_num_threads(), before, count() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux lists them")
+def test_reading_ahead_has_one_thread_and_no_team_of_openmps():
+    """Of more OpenMP threads than cores none waits awake any longer: a training took up to half as long again."""
+    environment = dict(os.environ, PYTHONPATH=str(Path(cspup128.__file__).parent))
+    done = subprocess.run([sys.executable, "-c", THREADS], env=environment, capture_output=True, text=True, check=True)
+    threads, before, more = map(int, done.stdout.split()[-3:])
+    assert threads == 4 and before >= 4 and more == 1
 
 
 @pytest.mark.parametrize("start", [1, 4, 5, 7])

@@ -18,25 +18,11 @@ from keras import layers as L
 from torch import nn
 
 import fashion_keras_port as port
-from test_bad_input import error_line
+from test_fashion_keras_port import fails, run
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 LEAKY = functools.partial(L.LeakyReLU, negative_slope=0.2)
-
-
-def run(*argv):
-    """Run the command line in this process."""
-    return port.main(list(map(str, argv)))
-
-
-def fails(capsys, *argv):
-    """The error line of a command line, which has to end with status 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run(*argv)
-    assert stop.value.code == 2
-    return error_line(capsys.readouterr().err)
 
 
 def generator_layers(width=256, dense=L.Dense, norm=functools.partial(L.BatchNormalization, momentum=0.8), last="tanh"):
