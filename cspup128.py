@@ -1,15 +1,16 @@
 """Train a GAN on 128x128 faces with the CSPup generator, end to end, in this one file.
 
 The generator is a known course scheme: blocks that send the halves of their channels down two branches, as CSPNet
-does (Wang et al. 2020), and double the picture. The discriminator is DCGAN's (Radford et al. 2016).
+does (Wang et al. 2020), and double the picture. The discriminator is DCGAN's (Radford et al. 2016) without batch norm;
+the two play the relativistic game under gradient penalties that is known to converge (Huang et al. 2024, R3GAN).
 
     python cspup128.py --width 16 --batch-size 32 --steps 600        # drawn faces, no data needed
     python cspup128.py --data celeba --epochs 20                     # CelebA, on a GPU
     python cspup128.py --generate 64 --checkpoint runs/cspup128/models.pth --save faces.png
 """
 # %% Imports
-import argparse, copy, csv, functools, hashlib, importlib.metadata, io, itertools, json, math, os, random, signal, sys
-import time, zipfile, zlib
+import argparse, contextlib, copy, csv, functools, hashlib, importlib.metadata, io, itertools, json, math, os, random
+import signal, sys, time, zipfile, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -28,8 +29,10 @@ SCRIPT, DATA, SIZE, CHANNELS, Z, END = "cspup128", "synthetic", 128, 3, 100, "20
 DRAWN, SAMPLES, PER_ROW = (), 64, 8  # classes of what draw_picture draws; pictures of a sample grid, and in its rows
 ALL = dict(batch_size=64, ema=0.999, augment="auto", flip=True, held_out=0.0)
 RECIPES = {  # the one found to converge, and the slides with nothing added; a flag given by hand wins
-    "stable": dict(ALL, loss="logits", d_norm="batch", slope=0.2, lr=1e-4, d_lr=1e-3, beta1=0.0),
-    "exact": dict(ALL, loss="bce", d_norm="none", slope=0.0, lr=2e-4, d_lr=2e-4, beta1=0.5),
+    "stable": dict(ALL, loss="relativistic", gamma=10.0, up="mixed", d_norm="none", slope=0.2, lr=4e-4, d_lr=4e-4,
+                   beta1=0.0, beta2=0.99),
+    "exact": dict(ALL, loss="bce", gamma=0.0, up="deconv", d_norm="none", slope=0.0, lr=2e-4, d_lr=2e-4, beta1=0.5,
+                  beta2=0.999),
 }
 METRICS = "loss_d", "loss_g", "d_real", "d_fake"  # what train_step adds up
 CURVES = {  # picture: its title, its unit, and the columns of metrics.csv that it shows
@@ -38,19 +41,33 @@ CURVES = {  # picture: its title, its unit, and the columns of metrics.csv that 
 }
 
 # %% Networks
+UP = {  # what doubles the picture in the left and in the right branch
+    "mixed": ("bilinear", "nearest"), "bilinear": ("bilinear", "bilinear"), "nearest": ("nearest", "nearest"),
+    "deconv": ("deconv", "deconv"),
+}
+
+def double(c_in, c_out, how):
+    """N,c_in,H,W to N,c_out,2H,2W by a transposed convolution as DCGAN has it, or by interpolation, where c_in is c_out."""
+    if how == "deconv":
+        return nn.ConvTranspose2d(c_in, c_out, 4, 2, 1, bias=False)
+    return nn.Upsample(scale_factor=2, mode=how)
+
 class CSPup(nn.Module):
     """Halves a, b (N,C/2,H,W each) to two branches (N,c_out,2H,2W each; `first`: 1x1 to 4x4), for a seam to add.
 
+    The slide has "upsample or deconv". Interpolated, the left branch passes its channels on as they are.
     The 3x3 convolutions are padded by 1. The version of this block that circulates pads them by 0: its right branch
     ends four pixels short of the left one, and the sum of the two fails. `norm`: batch norm before each activation.
     """
-    def __init__(self, c_in, c_out, slope, norm, first=False):
+    def __init__(self, c_in, c_out, slope, norm, up="mixed", first=False):
         super().__init__()
-        half, up = c_in // 2, (4, 1, 0) if first else (4, 2, 1)  # kernel, stride, padding
+        half = c_in // 2
         activate = functools.partial(BatchNormLeakyReLU, slope=slope) if norm else lambda c: nn.LeakyReLU(slope)
-        self.left = nn.ConvTranspose2d(half, c_out, *up, bias=False)
+        left, right = (nn.ConvTranspose2d(half, c_out, 4, bias=False) if first else double(half, c_out, how)
+                       for how in UP[up])
+        self.left = left
         self.right = nn.Sequential(
-            nn.Conv2d(half, half, 1), activate(half), nn.ConvTranspose2d(half, c_out, *up, bias=False),
+            nn.Conv2d(half, half, 1), activate(half), right,
             nn.Conv2d(c_out, c_out, 3, padding=1), activate(c_out), nn.Conv2d(c_out, c_out, 3, padding=1))
 
     def forward(self, a, b):
@@ -59,14 +76,17 @@ class CSPup(nn.Module):
 class Generator(nn.Module):
     """z (N,100) to pictures (N,3,128,128) in [-1, 1]; `width`: channels of the last block, 64 on the slide.
 
-    The slide ends in a ReLU, which cannot reach [-1, 0); this ends in Tanh.
+    The slide ends in a ReLU, which cannot reach [-1, 0); this ends in Tanh. Where pictures are interpolated, their last
+    doubling has a hidden layer of its own, or nothing finer than 64x64 could be learnt.
     """
-    def __init__(self, width=64, slope=0.2, norm=True):
+    def __init__(self, width=64, slope=0.2, norm=True, up="mixed"):
         super().__init__()
         channels = [Z] + [width << i for i in (4, 3, 2, 1, 0)]
-        self.blocks = nn.ModuleList(CSPup(*pair, slope, norm, pair[0] == Z) for pair in zip(channels, channels[1:]))
+        self.blocks = nn.ModuleList(CSPup(*pair, slope, norm, up, pair[0] == Z) for pair in zip(channels, channels[1:]))
         self.seams = nn.ModuleList(SplitAdd(c, slope, norm, split=c > width) for c in channels[1:])
-        self.picture = nn.ConvTranspose2d(width, CHANNELS, 4, 2, 1)
+        self.picture = nn.ConvTranspose2d(width, CHANNELS, 4, 2, 1) if up == "deconv" else nn.Sequential(
+            double(width, width, UP[up][1]), nn.Conv2d(width, width, 3, padding=1), BatchNormLeakyReLU(width, slope),
+            nn.Conv2d(width, CHANNELS, 3, padding=1))
 
     def forward(self, z):
         x = z[:, :, None, None].chunk(2, dim=1)  # 2 of N,50,1,1
@@ -77,10 +97,9 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Pictures (N,3,128,128) to logits (N): `convs` 4x4 stride-2 convolutions, then a valid one over what is left.
 
-    norm: "batch" from the second convolution on, as DCGAN has it; "spectral" (Miyato et al. 2018); "none". `spread`
-    shows the last convolution how much the batch differs within itself, as one more channel (Karras et al. 2018).
+    norm: "none"; "batch" from the second convolution on, as DCGAN has it; "spectral" (Miyato et al. 2018).
     """
-    def __init__(self, width=64, convs=5, norm="batch", spread=True):
+    def __init__(self, width=64, convs=5, norm="none"):
         super().__init__()
         channels, layers = [CHANNELS] + [width << i for i in range(convs)], []
         wrap = nn.utils.parametrizations.spectral_norm if norm == "spectral" else lambda layer: layer
@@ -88,27 +107,30 @@ class Discriminator(nn.Module):
             normalised = norm == "batch" and c_in != CHANNELS
             layers.append(wrap(nn.Conv2d(c_in, c_out, 4, 2, 1, bias=not normalised)))
             layers.append(BatchNormLeakyReLU(c_out, slope=0.2) if normalised else nn.LeakyReLU(0.2))
-        self.layers, self.spread = nn.Sequential(*layers), spread
-        self.logit = wrap(nn.Conv2d(channels[-1] + spread, 1, SIZE >> convs))
+        self.layers = nn.Sequential(*layers, wrap(nn.Conv2d(channels[-1], 1, SIZE >> convs)))
 
     def forward(self, x):
-        x = self.layers(x)  # N,64,64,64; N,128,32,32; N,256,16,16; N,512,8,8; N,1024,4,4
-        if self.spread:
-            deviation = (x.float().var(0, unbiased=False) + 1e-8).sqrt().mean()
-            x = torch.cat([x, deviation.to(x.dtype).expand(len(x), 1, *x.shape[2:])], dim=1)  # N,1025,4,4
-        return self.logit(x).flatten()  # N
+        return self.layers(x).flatten()  # N,64,64,64; N,128,32,32; N,256,16,16; N,512,8,8; N,1024,4,4; N
 
 def recipe(args):
-    """The flags' defaults by --scheme."""
+    """The flags' defaults by --scheme; UserError for one that the slides leave no choice of."""
+    for name in ("loss", "gamma", "up") if args.scheme == "exact" else ():
+        if getattr(args, name) not in (None, RECIPES["exact"][name]):
+            raise UserError(f"--scheme exact has --{name} {RECIPES['exact'][name]}: leave --{name} or --scheme out")
     return RECIPES[args.scheme]
 
 def make_networks(args):
-    """(generator, discriminator) on the CPU; DCGAN's weights, N(0, 0.02) and N(1, 0.02), or PyTorch's own for exact."""
+    """(generator, discriminator) on the CPU, with PyTorch's own weights; stable: DCGAN's, N(0, 0.02) and N(1, 0.02),
+    and in a discriminator without batch norm, which would mend any scale, He et al.'s (2015)."""
     stable = args.scheme == "stable"
-    g, d = Generator(args.width, args.slope, stable), Discriminator(args.width, args.d_convs, args.d_norm, stable)
+    g, d = Generator(args.width, args.slope, stable, args.up), Discriminator(args.width, args.d_convs, args.d_norm)
     for module in itertools.chain(g.modules(), d.modules()) if stable else ():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
             nn.init.normal_(module.weight, float(isinstance(module, nn.BatchNorm2d)), 0.02)
+    for module in d.modules() if stable and args.d_norm == "none" else ():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, 0.2)
+            nn.init.zeros_(module.bias)
     return g, d
 
 probability = torch.sigmoid  # of being real, from what the discriminator gives
@@ -123,17 +145,26 @@ def bce(logit, target):
     """nn.BCELoss of the sigmoids of logits (N) against one target, 0 or 1."""
     return F.binary_cross_entropy(logit.sigmoid(), torch.full_like(logit, target))
 
-LOSSES = {  # name: (the discriminator's from its logits of real and fake; the generator's from those of fake)
-    "bce": (lambda real, fake: bce(real, 1) + bce(fake, 0), lambda fake: bce(fake, 1)),
-    "logits": (lambda real, fake: (F.softplus(-real) + F.softplus(fake)).mean(), lambda fake: F.softplus(-fake).mean()),
-    "hinge": (lambda real, fake: (F.relu(1 - real) + F.relu(1 + fake)).mean(), lambda fake: -fake.mean()),
+LOSSES = {  # name: (the discriminator's, the generator's), each from the logits of real and of fake
+    "relativistic": (lambda real, fake: F.softplus(fake - real).mean(), lambda real, fake: F.softplus(real - fake).mean()),
+    "bce": (lambda real, fake: bce(real, 1) + bce(fake, 0), lambda real, fake: bce(fake, 1)),
+    "logits": (lambda real, fake: (F.softplus(-real) + F.softplus(fake)).mean(),
+               lambda real, fake: F.softplus(-fake).mean()),
+    "hinge": (lambda real, fake: (F.relu(1 - real) + F.relu(1 + fake)).mean(), lambda real, fake: -fake.mean()),
 }
+
+def squared_slope(logit, pictures):
+    """Mean squared norm of the gradient of the logits (N) with respect to the pictures they are of: R1, or R2."""
+    (slope,) = torch.autograd.grad(logit.sum(), pictures, create_graph=True)
+    return slope.square().sum((1, 2, 3)).mean()
 
 def train_step(nets, args, inputs, train_d=True):
     """One iteration: the discriminator if `train_d`, the generator, its average. It never waits for the device.
 
-    inputs: real, uint8 N,128,128,3; z, N,100; uniform, N,8 in [0, 1), for flips and augmentation; the average's
-    weight, 0-d. Adds loss_d, loss_g, d_real, d_fake to nets.sums; of a discriminator that rests, the last ones.
+    The discriminator's loss has besides gamma / 2 times R1 (of real pictures; Mescheder et al. 2018) and R2 (of fake
+    ones), which need its second derivatives. inputs: real, uint8 N,128,128,3; z, N,100; uniform, N,8 in [0, 1), for
+    flips and augmentation; the average's weight, 0-d. Adds loss_d (without the penalties), loss_g, d_real, d_fake to
+    nets.sums; of a discriminator that rests, the last ones.
     """
     real, z, uniform, weight = inputs
     view = functools.partial(augment, uniform=uniform) if args.augment == "on" else lambda x: x
@@ -142,15 +173,20 @@ def train_step(nets, args, inputs, train_d=True):
         fake = nets.G(z)
     if train_d:
         nets.D.requires_grad_(True)
-        with nets.autocast():
-            real_logit, fake_logit = nets.D(real).float(), nets.D(view(fake.detach())).float()
-        loss = loss_of_d(real_logit, fake_logit)
+        pair = [x.detach().requires_grad_(args.gamma > 0) for x in (real, view(fake.detach().to(real.dtype)))]
+        narrow = args.gamma > 0 and nets.scaler.is_enabled()  # gradients of gradients do not fit fp16
+        with contextlib.nullcontext() if narrow else nets.autocast():
+            logits = [nets.D(x).float() for x in pair]
+        loss = loss_of_d(*logits)
+        nets.last[0], nets.last[2] = loss.detach(), logits[0].detach().sigmoid().mean()
+        if args.gamma:
+            loss = loss + args.gamma / 2 * sum(map(squared_slope, logits, pair))
         optimise(nets, loss, nets.opt_d)
-        nets.last[0], nets.last[2] = loss.detach(), real_logit.detach().sigmoid().mean()
     nets.D.requires_grad_(False)
     with nets.autocast():
+        real_logit = nets.D(real).float() if args.loss == "relativistic" else None
         fake_logit = nets.D(view(fake)).float()
-    loss = loss_of_g(fake_logit)
+    loss = loss_of_g(real_logit, fake_logit)
     optimise(nets, loss, nets.opt_g)
     nets.last[1], nets.last[3] = loss.detach(), fake_logit.detach().sigmoid().mean()
     finish_step(nets, weight)
@@ -531,10 +567,11 @@ def to_grid(images, columns=PER_ROW):
     """uint8 N,C,H,W as one PIL picture."""
     return Image.fromarray(torchvision.utils.make_grid(images, columns).permute(1, 2, 0).numpy())
 
-def spread(images):
-    """Mean RMS distance between pairs of pictures, uint8 N,C,H,W, for values in [0, 1]."""
-    flat = images.flatten(1).float() / 255
-    return (torch.pdist(flat).mean() / flat.shape[1] ** 0.5).item()
+def apart(images):
+    """How far pictures (uint8 N,C,H,W) are from the nearest other one, in the median: RMS of 16x16 values in [0, 1]."""
+    flat = F.adaptive_avg_pool2d(images.float() / 255, 16).flatten(1)
+    distances = torch.cdist(flat, flat).fill_diagonal_(math.inf).amin(1)
+    return (distances.median() / flat.shape[1] ** 0.5).item()
 
 def draw_run(out, rows, real, fake):
     """CURVES from the rows of metrics.csv, comparison.png, and evolution.gif from samples/."""
@@ -558,8 +595,9 @@ def draw_run(out, rows, real, fake):
         axes.imshow(to_grid(images))
     write(out / "comparison.png", figure.savefig)
     files = sorted((out / "samples").glob("epoch_*.png"))
-    files = [files[i] for i in sorted({len(files) * k // 100 for k in range(100)} | {len(files) - 1})]  # about 100
-    save_gif(out / "evolution.gif", (Image.open(file) for file in files), 250)
+    files = dict.fromkeys(files[:: len(files) // 100 + 1] + files[-1:])  # about 100, and the last one always
+    if files:  # there is none before an epoch has ended
+        save_gif(out / "evolution.gif", (Image.open(file) for file in files), 250)
 
 def save_gif(path, frames, milliseconds):
     """PIL pictures as an animation without end, each frame in at most 512x512."""
@@ -640,6 +678,7 @@ def restore(args, nets, saved):
 # --- shared: training ---
 LOG_EVERY = 10  # steps between two readings of the metrics, each of which waits for the device
 MEMORISED = 0.25  # by how much the discriminator may prefer pictures that it was trained on
+REPEATED = 0.4  # of the distance between two neighbours among real pictures: what is nearer repeats itself
 
 def pick_device(args):
     """(device, precision, why) for --device and --precision; UserError for one that cannot be used."""
@@ -680,9 +719,7 @@ def build(args, device, precision):
     G, D = (net.to(device, memory_format=torch.channels_last) for net in make_networks(args))
     ema = copy.deepcopy(G).eval().requires_grad_(False)
     floats = [[t for t in net.state_dict().values() if t.is_floating_point()] for net in (ema, G)]
-    for net in (G, D) if args.compile else ():
-        net.compile()
-    adam = dict(betas=(args.beta1, 0.999), fused=device.type != "mps", capturable=device.type == "cuda")
+    adam = dict(betas=(args.beta1, args.beta2), fused=device.type != "mps", capturable=device.type == "cuda")
     opt_g, opt_d = (Optimiser(net.parameters(), lr, **adam) for net, lr in ((G, args.lr), (D, args.d_lr)))
     dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(precision)
     autocast = functools.partial(torch.autocast, device.type, dtype or torch.bfloat16, enabled=bool(dtype))
@@ -779,13 +816,17 @@ def verdicts(nets, seen, held_out):
 def worries(rows, fake, real):
     """Lines on what has gone wrong, from the rows of metrics.csv and samples (uint8 N,C,H,W) made and real."""
     late = {name: np.array([row[name] for row in rows[-20:]], float) for name in rows[0]} if len(rows) >= 20 else {}
-    if late and (late["d_real"] - late["d_fake"] > 0.95).all():
+    ahead = late["d_real"] - late["d_fake"] if late else np.full(1, np.nan)
+    if (ahead > 0.95).all():
         yield "the discriminator has won for 200 steps: a lower --d-lr may help, or --augment on for a small set"
+    if (ahead < 0.01).all():
+        yield "the discriminator has been no better than chance for 200 steps: a higher --d-lr may help"
     if "d_held_out" in late and (late["d_seen"] - late["d_held_out"]).mean() > MEMORISED:
         yield (f"the discriminator begins to memorise: over 200 steps D(x) is {late['d_seen'].mean():.2f} for pictures "
                f"trained on, {late['d_held_out'].mean():.2f} for others; more pictures help, --augment on, or to stop")
-    if len(rows) >= 50 and spread(fake) < 0.2 * spread(real):
-        yield "the samples have become all alike: a lower --lr may help, or --augment on for a small set"
+    if len(rows) >= 50 and apart(fake) < REPEATED * apart(real):
+        yield (f"the samples repeat themselves: two neighbours among them are {apart(fake) / apart(real):.2f} times as "
+               "far apart as among real pictures; a lower --lr may help, or --augment on for a small set")
 
 def train(args, saved=None):
     """Train as the arguments say, from the start or from the checkpoint `saved`, into the run folder."""
@@ -969,9 +1010,11 @@ def make_parser():
     add = parser.add_argument
     add("--scheme", choices=RECIPES, default="stable", help="stable converges; exact is the slides alone (stable)")
     add("--width", type=number(1), default=64, help="channels of the last block, all others in proportion (64)")
-    add("--loss", choices=LOSSES, help="bce: BCELoss of sigmoids; logits: BCEWithLogitsLoss (logits; exact: bce)")
-    add("--slope", type=number(0, float), help="of LeakyReLU in CSPup, 0 is ReLU (0.2; exact: 0)")
-    add("--d-norm", choices=("batch", "spectral", "none"), help="in the discriminator (batch; exact: none)")
+    add("--loss", choices=LOSSES, help=f"bce: BCELoss of sigmoids; logits: BCEWithLogitsLoss ({by_recipe('loss')})")
+    add("--gamma", type=number(0, float), help=f"weight of the gradient penalties R1 and R2 ({by_recipe('gamma')})")
+    add("--up", choices=UP, help=f"what doubles a picture in CSPup ({by_recipe('up')})")
+    add("--slope", type=number(0, float), help=f"of LeakyReLU in CSPup, 0 is ReLU ({by_recipe('slope')})")
+    add("--d-norm", choices=("batch", "spectral", "none"), help=f"in the discriminator ({by_recipe('d_norm')})")
     add("--d-convs", type=int, choices=range(1, 6), default=5, help="stride-2 convolutions of the discriminator (5)")
     # --- shared: flags ---
     add("--data", nargs="+", default=[DATA], help="celeba, mnist, fashion, synthetic, folders or .zips of "
@@ -984,6 +1027,7 @@ def make_parser():
     add("--lr", type=number(0, float), help=f"Adam's learning rate for the generator ({by_recipe('lr')})")
     add("--d-lr", type=number(0, float), help=f"and for the discriminator ({by_recipe('d_lr')})")
     add("--beta1", type=number(0, float, 1), help=f"Adam's first beta ({by_recipe('beta1')})")
+    add("--beta2", type=number(0, float, 1), help=f"Adam's second beta ({by_recipe('beta2')})")
     add("--d-every", type=number(1), default=1, help="train the discriminator at every k-th step only (1)")
     add("--ema", type=number(0, float), help=f"decay a step of the averaged generator, 0 is none ({by_recipe('ema')})")
     add("--augment", choices=("auto", "on", "none"), help=f"differentiable augmentation ({by_recipe('augment')})")
@@ -994,7 +1038,6 @@ def make_parser():
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="weights stay fp32")
     add("--no-fused", action="store_true", help="PyTorch's operations even where gan_ops is installed")
-    add("--compile", action="store_true", help="torch.compile the networks")
     add("--out", default=f"runs/{SCRIPT}", help=f"run folder (runs/{SCRIPT})")
     add("--save-every", type=number(0, float), default=5.0, help="minutes between checkpoints (5)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
@@ -1010,7 +1053,7 @@ def make_parser():
 
 # --- shared: command line ---
 FREE = {  # what may differ from the checkpoint's; the other flags must not
-    *"data root epochs steps device precision no_fused compile out save_every resume logger checkpoint save".split(),
+    *"data root epochs steps device precision no_fused out save_every resume logger checkpoint save".split(),
     "labels", *USES}
 
 def by_recipe(name):

@@ -28,8 +28,10 @@ SCRIPT, DATA, Z, STEPS = "dcgan", "synthetic", 100, 5000
 DRAWN, SAMPLES, PER_ROW = (), 64, 8  # classes of what draw_picture draws; pictures of a sample grid, and in its rows
 END = f"20 epochs, or the more that {STEPS} steps are"  # of a run whose end is not given
 RECIPES = {  # the paper's, and what small sets need besides; a flag given by hand wins
-    "robust": dict(batch_size=64, lr=2e-4, d_lr=4e-4, beta1=0.0, augment="auto", flip="auto", ema=0.999, held_out=0.05),
-    "classic": dict(batch_size=64, lr=2e-4, d_lr=2e-4, beta1=0.5, augment="none", flip=False, ema=0.0, held_out=0.0),
+    "robust": dict(batch_size=64, lr=2e-4, d_lr=4e-4, beta1=0.0, beta2=0.999, augment="auto", flip="auto", ema=0.999,
+                   held_out=0.05),
+    "classic": dict(batch_size=64, lr=2e-4, d_lr=2e-4, beta1=0.5, beta2=0.999, augment="none", flip=False, ema=0.0,
+                    held_out=0.0),
 }
 METRICS = "loss_d", "loss_g", "d_real", "d_fake", "d_fake_after"  # what train_step adds up
 CURVES = {  # picture: its title, its unit, and the columns of metrics.csv that it shows
@@ -503,10 +505,11 @@ def to_grid(images, columns=PER_ROW):
     """uint8 N,C,H,W as one PIL picture."""
     return Image.fromarray(torchvision.utils.make_grid(images, columns).permute(1, 2, 0).numpy())
 
-def spread(images):
-    """Mean RMS distance between pairs of pictures, uint8 N,C,H,W, for values in [0, 1]."""
-    flat = images.flatten(1).float() / 255
-    return (torch.pdist(flat).mean() / flat.shape[1] ** 0.5).item()
+def apart(images):
+    """How far pictures (uint8 N,C,H,W) are from the nearest other one, in the median: RMS of 16x16 values in [0, 1]."""
+    flat = F.adaptive_avg_pool2d(images.float() / 255, 16).flatten(1)
+    distances = torch.cdist(flat, flat).fill_diagonal_(math.inf).amin(1)
+    return (distances.median() / flat.shape[1] ** 0.5).item()
 
 def draw_run(out, rows, real, fake):
     """CURVES from the rows of metrics.csv, comparison.png, and evolution.gif from samples/."""
@@ -530,8 +533,9 @@ def draw_run(out, rows, real, fake):
         axes.imshow(to_grid(images))
     write(out / "comparison.png", figure.savefig)
     files = sorted((out / "samples").glob("epoch_*.png"))
-    files = [files[i] for i in sorted({len(files) * k // 100 for k in range(100)} | {len(files) - 1})]  # about 100
-    save_gif(out / "evolution.gif", (Image.open(file) for file in files), 250)
+    files = dict.fromkeys(files[:: len(files) // 100 + 1] + files[-1:])  # about 100, and the last one always
+    if files:  # there is none before an epoch has ended
+        save_gif(out / "evolution.gif", (Image.open(file) for file in files), 250)
 
 def save_gif(path, frames, milliseconds):
     """PIL pictures as an animation without end, each frame in at most 512x512."""
@@ -612,6 +616,7 @@ def restore(args, nets, saved):
 # --- shared: training ---
 LOG_EVERY = 10  # steps between two readings of the metrics, each of which waits for the device
 MEMORISED = 0.25  # by how much the discriminator may prefer pictures that it was trained on
+REPEATED = 0.4  # of the distance between two neighbours among real pictures: what is nearer repeats itself
 
 def pick_device(args):
     """(device, precision, why) for --device and --precision; UserError for one that cannot be used."""
@@ -652,9 +657,7 @@ def build(args, device, precision):
     G, D = (net.to(device, memory_format=torch.channels_last) for net in make_networks(args))
     ema = copy.deepcopy(G).eval().requires_grad_(False)
     floats = [[t for t in net.state_dict().values() if t.is_floating_point()] for net in (ema, G)]
-    for net in (G, D) if args.compile else ():
-        net.compile()
-    adam = dict(betas=(args.beta1, 0.999), fused=device.type != "mps", capturable=device.type == "cuda")
+    adam = dict(betas=(args.beta1, args.beta2), fused=device.type != "mps", capturable=device.type == "cuda")
     opt_g, opt_d = (Optimiser(net.parameters(), lr, **adam) for net, lr in ((G, args.lr), (D, args.d_lr)))
     dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(precision)
     autocast = functools.partial(torch.autocast, device.type, dtype or torch.bfloat16, enabled=bool(dtype))
@@ -751,13 +754,17 @@ def verdicts(nets, seen, held_out):
 def worries(rows, fake, real):
     """Lines on what has gone wrong, from the rows of metrics.csv and samples (uint8 N,C,H,W) made and real."""
     late = {name: np.array([row[name] for row in rows[-20:]], float) for name in rows[0]} if len(rows) >= 20 else {}
-    if late and (late["d_real"] - late["d_fake"] > 0.95).all():
+    ahead = late["d_real"] - late["d_fake"] if late else np.full(1, np.nan)
+    if (ahead > 0.95).all():
         yield "the discriminator has won for 200 steps: a lower --d-lr may help, or --augment on for a small set"
+    if (ahead < 0.01).all():
+        yield "the discriminator has been no better than chance for 200 steps: a higher --d-lr may help"
     if "d_held_out" in late and (late["d_seen"] - late["d_held_out"]).mean() > MEMORISED:
         yield (f"the discriminator begins to memorise: over 200 steps D(x) is {late['d_seen'].mean():.2f} for pictures "
                f"trained on, {late['d_held_out'].mean():.2f} for others; more pictures help, --augment on, or to stop")
-    if len(rows) >= 50 and spread(fake) < 0.2 * spread(real):
-        yield "the samples have become all alike: a lower --lr may help, or --augment on for a small set"
+    if len(rows) >= 50 and apart(fake) < REPEATED * apart(real):
+        yield (f"the samples repeat themselves: two neighbours among them are {apart(fake) / apart(real):.2f} times as "
+               "far apart as among real pictures; a lower --lr may help, or --augment on for a small set")
 
 def train(args, saved=None):
     """Train as the arguments say, from the start or from the checkpoint `saved`, into the run folder."""
@@ -1024,6 +1031,7 @@ def make_parser():
     add("--lr", type=number(0, float), help=f"Adam's learning rate for the generator ({by_recipe('lr')})")
     add("--d-lr", type=number(0, float), help=f"and for the discriminator ({by_recipe('d_lr')})")
     add("--beta1", type=number(0, float, 1), help=f"Adam's first beta ({by_recipe('beta1')})")
+    add("--beta2", type=number(0, float, 1), help=f"Adam's second beta ({by_recipe('beta2')})")
     add("--d-every", type=number(1), default=1, help="train the discriminator at every k-th step only (1)")
     add("--ema", type=number(0, float), help=f"decay a step of the averaged generator, 0 is none ({by_recipe('ema')})")
     add("--augment", choices=("auto", "on", "none"), help=f"differentiable augmentation ({by_recipe('augment')})")
@@ -1034,7 +1042,6 @@ def make_parser():
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="weights stay fp32")
     add("--no-fused", action="store_true", help="PyTorch's operations even where gan_ops is installed")
-    add("--compile", action="store_true", help="torch.compile the networks")
     add("--out", default=f"runs/{SCRIPT}", help=f"run folder (runs/{SCRIPT})")
     add("--save-every", type=number(0, float), default=5.0, help="minutes between checkpoints (5)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
@@ -1049,7 +1056,7 @@ def make_parser():
 
 # --- shared: command line ---
 FREE = {  # what may differ from the checkpoint's; the other flags must not
-    *"data root epochs steps device precision no_fused compile out save_every resume logger checkpoint save".split(),
+    *"data root epochs steps device precision no_fused out save_every resume logger checkpoint save".split(),
     "labels", *USES}
 
 def by_recipe(name):

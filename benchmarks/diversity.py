@@ -3,17 +3,19 @@
 How varied the pictures of a trained generator are, and how like those of --data, without downloaded weights; of
 whichever script the checkpoint is, and of any size:
 - the mean RMS distance between pairs of 500 pictures, generated and real;
+- how far each is from the nearest other one of them at 16x16 pixels, in the median;
+- their Vendi score (Friedman and Dieng 2023) at 16x16 pixels: how many different pictures these 500 amount to;
 - the Frechet distance between Gaussians fitted to the pictures averaged down to 16x16 (768 values in [0, 1]);
 - the sliced Wasserstein distance between 7x7 patches of each level of the Laplacian pyramid (Karras et al. 2018);
 - copies: the share of generated pictures whose nearest real one, by RMS distance of 16x16 pixels, is nearer than half
   of what the nearest other one is from a real picture in the median; and coverage: how many different pictures are
   nearest to a generated one, over the count. If the run flipped pictures, mirrored ones count as the same.
-Each distance is of --count generated to as many real pictures; its floor is that of other real ones to the same.
-The floor depends on the count and on how many patches a picture gives (32 here, 128 in that paper), so figures
-compare at one count only, and with this program only. Copies and coverage look among all pictures of --data, 20,000
-of them at most, those held out too; the figures beside them are of --count real pictures, each among the others.
+Each distance is of --count generated to as many real pictures; beside it that of other real ones to the same, its
+floor, which depends on the count (that paper takes 16,384 pictures): figures compare at one count only. Copies and
+coverage look among all pictures of --data, 20,000 of them at most, those held out too; the figures beside them are of
+--count real pictures, each among the others.
 """
-import argparse, importlib, itertools, sys
+import argparse, importlib, itertools, json, sys
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 SCRIPTS = "cspup128", "dcgan"
-PAIRS, PATCH, PATCHES, DIRECTIONS, REPEATS = 500, 7, 32, 128, 1  # PATCHES a picture
+PAIRS, PATCH, PATCHES, DIRECTIONS, REPEATS = 500, 7, 128, 128, 4  # PATCHES a picture
+VENDI_WIDTH = 0.1  # of the Gaussian kernel between pictures, as an RMS distance of values in [0, 1]
 LEAST, MOST = 1000, 20_000  # pictures for a covariance that says something, and to look for the nearest among
 
 
@@ -30,6 +33,12 @@ def pooled(images):
     """uint8 N,3,H,W averaged to 16x16, as float64 N,768 in [0, 1]."""
     parts = [F.avg_pool2d(part.float(), part.shape[-1] // 16) for part in images.split(256)]
     return torch.cat(parts).flatten(1).double().div(255)
+
+
+def spread(images):
+    """Mean RMS distance between pairs of pictures, uint8 N,C,H,W, for values in [0, 1]."""
+    flat = images.flatten(1).float() / 255
+    return (torch.pdist(flat).mean() / flat.shape[1] ** 0.5).item()
 
 
 def frechet(a, b):
@@ -72,16 +81,31 @@ def descriptors(images, level, generator, device):
     return ((patches - mean) / deviation).flatten(1)
 
 
+def projected(rows, directions):
+    """Rows N,K along directions K,D, sorted, as D,N: by numpy, which sorts several times as fast as PyTorch on a CPU."""
+    return np.sort((rows @ directions).T.contiguous().cpu().numpy(), axis=1)
+
+
 def sliced_wasserstein(sets, target, generator):
     """The mean distance of each of `sets` to `target` along random directions, times 1000 as Karras et al. have it."""
     total = torch.zeros(len(sets), dtype=torch.float64)
     for _ in range(REPEATS):
         directions = torch.randn(target.shape[1], DIRECTIONS, generator=generator)
         directions = F.normalize(directions, dim=0).to(target.device)
-        wanted = (target @ directions).T.sort(1).values
+        wanted = projected(target, directions)
         for i, rows in enumerate(sets):
-            total[i] += ((rows @ directions).T.sort(1).values - wanted).abs().mean().item()
+            total[i] += np.abs(projected(rows, directions) - wanted).mean(dtype=np.float64)
     return (1000 * total / REPEATS).tolist()
+
+
+def vendi(rows):
+    """The Vendi score (Friedman and Dieng 2023) of pooled rows N,768: how many different pictures they amount to.
+
+    exp of the entropy of the eigenvalues of a Gaussian kernel between all pairs, over N: from 1, all alike, to N.
+    """
+    kernel = torch.exp(-torch.cdist(rows, rows).square() / rows.shape[1] / (2 * VENDI_WIDTH**2))  # N,N
+    shares = torch.linalg.eigvalsh(kernel / len(rows)).clamp(min=1e-30)
+    return torch.exp(-(shares * shares.log()).sum()).item()
 
 
 def nearest(rows, views, others=False):
@@ -139,6 +163,39 @@ def load(script, options):
     return torch.cat(list(script.sampled(args, saved, count))), *sets, rows, device, bool(args.flip)
 
 
+def figures(script, options):
+    """{name: (of generated pictures, of real ones)} for --checkpoint; prints each as it is known."""
+    fake, real, other, rows, device, flip = load(script, options)
+    made, count, found = pooled(fake), len(fake), {}
+
+    def say(name, text, ours, theirs):
+        found[name] = ours, theirs
+        print(f"{text}: generated {ours:.4g}, real {theirs:.4g}", flush=True)
+
+    print(f"{options.checkpoint}: {count} generated pictures against {count} real ones")
+    some = len(fake[:PAIRS])
+    say("spread", f"mean RMS distance between pairs of {some}", spread(fake[:PAIRS]), spread(real[:PAIRS]))
+    ours, theirs = (nearest(x[:some], [x[:some]], others=True)[0].median().item() for x in (made, rows))
+    say("apart", f"median RMS distance at 16x16 pixels to the nearest other of {some}", ours, theirs)
+    say("vendi", f"Vendi score of {some}", vendi(made[:PAIRS]), vendi(rows[:some]))
+    if count < LEAST:
+        print(f"the covariance of {made.shape[1]} values from so few pictures ({count}, less than {LEAST}) is rank "
+              "deficient, or nearly: Frechet distances of this count compare with each other only")
+    say("frechet", "Frechet distance of 16x16 pixels",
+        *(frechet(x.numpy(), rows[:count].numpy()) for x in (made, rows[count : 2 * count])))
+    generator, levels = torch.Generator().manual_seed(options.seed), []
+    for level in range((fake.shape[-1] // 16).bit_length()):
+        *sets, target = (descriptors(images, level, generator, device) for images in (fake, other, real))
+        levels.append(sliced_wasserstein(sets, target, generator))
+        side = fake.shape[-1] >> level
+        say(f"swd_{side}", f"sliced Wasserstein distance x 1000 at {side}x{side}", *levels[-1])
+    say("swd", "sliced Wasserstein distance x 1000, mean of the levels", *np.mean(levels, axis=0).tolist())
+    (share, coverage), (real_share, real_coverage) = copies(made, rows, flip)
+    say("copies", f"copies of one of {len(rows)} real pictures", share, real_share)
+    say("coverage", "real pictures that are nearest to one of these, over their count", coverage, real_coverage)
+    return found
+
+
 def main():
     about = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
@@ -148,33 +205,15 @@ def main():
     parser.add_argument("--count", type=int, default=2000, help="pictures in each set (2000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", help="file for the figures, {name: [of generated pictures, of real ones]}")
     options = parser.parse_args()
     script = script_of(options.checkpoint)
     try:
-        fake, real, other, rows, device, flip = load(script, options)
+        found = figures(script, options)
     except script.UserError as error:
         parser.error(str(error))
-    print(f"{options.checkpoint}: {len(fake)} generated pictures against {len(real)} real ones")
-    ours, theirs = script.spread(fake[:PAIRS]), script.spread(real[:PAIRS])
-    print(f"mean RMS distance between pairs of {len(fake[:PAIRS])}: generated {ours:.4f}, real {theirs:.4f}, "
-          f"ratio {ours / theirs:.3f}")
-    made = pooled(fake)
-    if len(fake) < LEAST:
-        print(f"the covariance of {made.shape[1]} values from so few pictures ({len(fake)}, less than {LEAST}) is rank "
-              "deficient, or nearly: Frechet distances of this count compare with each other only")
-    print("Frechet distance of 16x16 pixels: generated {:.3f}, floor {:.3f}".format(
-        *(frechet(x.numpy(), rows[: len(fake)].numpy()) for x in (made, rows[len(fake) : 2 * len(fake)]))))
-    generator, found = torch.Generator().manual_seed(options.seed), []
-    for level in range((fake.shape[-1] // 16).bit_length()):
-        *sets, target = (descriptors(images, level, generator, device) for images in (fake, other, real))
-        found.append(sliced_wasserstein(sets, target, generator))
-        print("sliced Wasserstein distance x 1000 at {0}x{0}: generated {1:.2f}, floor {2:.2f}".format(
-            fake.shape[-1] >> level, *found[-1]), flush=True)
-    print("sliced Wasserstein distance x 1000, mean of the levels: generated {:.2f}, floor {:.2f}".format(
-        *np.mean(found, axis=0)))
-    (share, coverage), (real_share, real_coverage) = copies(made, rows, flip)
-    print(f"nearest of {len(rows)} real pictures: copies {share:.3f} of the generated, {real_share:.3f} of real "
-          f"ones; coverage {coverage:.3f}, of real ones {real_coverage:.3f}")
+    if options.json:
+        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -170,7 +170,7 @@ def test_batch_larger_than_the_set(data, capsys):
 @pytest.mark.parametrize("flags", [
     "--steps 0", "--steps -1", "--steps many", "--epochs 0", "--batch-size 0", "--batch-size -4", "--width 0",
     "--lr nan", "--lr inf", "--lr -1", "--lr fast", "--seed -1", "--loss mse", "--d-convs 6", "--device tpu",
-    "--generate 0", "--no-such-flag", "stray", "--classes", "--scheme"])
+    "--gamma -1", "--gamma nan", "--up cubic", "--beta2 2", "--generate 0", "--no-such-flag", "stray", "--classes", "--scheme"])
 def test_flag_that_cannot_be(flags, data, tmp_path, capsys):
     line = fails(capsys, *data, *flags.split())
     assert flags.split()[0] in line
@@ -260,13 +260,20 @@ def test_code_in_a_checkpoint_does_not_run(save, tmp_path, capsys):
     assert made.exists()  # loaded the careless way, it does run
 
 
-@pytest.mark.parametrize("flag, value, kept", [("width", 8, 4), ("d-convs", 3, 5), ("loss", "hinge", "logits"),
-                                               ("lr", 0.1, 0.0001)])
+@pytest.mark.parametrize("flag, value, kept", [("width", 8, 4), ("d-convs", 3, 5), ("loss", "hinge", "relativistic"),
+                                               ("lr", 0.1, 0.0004)])
 def test_flag_other_than_the_checkpoints(flag, value, kept, trained, tmp_path, capsys):
     use = "--generate", 4, "--checkpoint", trained / "models.pth", "--save", tmp_path / "g.npz"
     line = fails(capsys, *use, f"--{flag}", value)
     assert f"{flag} {kept}" in line and f"{value}" in line
     assert not (tmp_path / "g.npz").exists()
+
+
+@pytest.mark.parametrize("flag, value", [("--loss", "hinge"), ("--gamma", "1"), ("--up", "bilinear")])
+def test_what_the_slides_leave_no_choice_of(flag, value, data, tmp_path, capsys):
+    line = fails(capsys, *data, "--scheme", "exact", flag, value)
+    assert "--scheme exact" in line and flag in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_resume_with_another_width(trained, capsys):
@@ -371,9 +378,9 @@ def test_disk_full_as_pictures_are_packed(folder, tmp_path):
 
 def spoil(monkeypatch, which):
     """Have the discriminator's loss (0) or the generator's (1) be not a number."""
-    losses = list(cspup128.LOSSES["logits"])
-    losses[which] = lambda logit, *more: logit.mean() * math.nan
-    monkeypatch.setitem(cspup128.LOSSES, "logits", tuple(losses))
+    losses = list(cspup128.LOSSES["relativistic"])
+    losses[which] = lambda real, fake: fake.mean() * math.nan
+    monkeypatch.setitem(cspup128.LOSSES, "relativistic", tuple(losses))
 
 
 @pytest.mark.parametrize("which", [0, 1])

@@ -107,7 +107,29 @@ def test_spectral_norm_bounds_every_convolution():
 def test_slope_and_width_reach_the_generator():
     g, _ = networks("--width", "3", "--slope", "0.05")
     slopes = {m.slope for m in g.modules() if isinstance(m, cspup128.BatchNormLeakyReLU)}
-    assert slopes == {0.05} and g.picture.in_channels == 3
+    assert slopes == {0.05} and g.picture[1].in_channels == 3
+
+
+@pytest.mark.parametrize("up, left, right", [
+    ("mixed", "bilinear", "nearest"), ("bilinear", "bilinear", "bilinear"), ("nearest", "nearest", "nearest"),
+    ("deconv", None, None)])
+def test_what_doubles_the_picture_in_each_branch(up, left, right):
+    g, _ = networks("--width", "2", "--up", up)
+    assert g(torch.randn(2, 100)).shape == (2, 3, 128, 128)
+    for number, block in enumerate(g.blocks):
+        for layer, how in ((block.left, left), (block.right[2], right)):
+            if how is None or number == 0:  # the first makes 4x4 of 1x1
+                assert isinstance(layer, nn.ConvTranspose2d)
+            else:
+                assert layer.mode == how and layer.scale_factor == 2
+    assert isinstance(g.picture, nn.ConvTranspose2d) == (up == "deconv")
+
+
+def test_an_interpolating_left_branch_passes_its_channels_on():
+    block = cspup128.CSPup(8, 4, slope=0.2, norm=True)
+    a = torch.randn(2, 4, 6, 6)
+    left, _ = block(a, torch.randn(2, 4, 6, 6))
+    assert torch.equal(left, nn.functional.interpolate(a, scale_factor=2, mode="bilinear"))
 
 
 def test_batch_norm_module_is_exchangeable_with_pytorchs():

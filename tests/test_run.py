@@ -163,6 +163,21 @@ def test_without_an_average_the_generator_itself_is_kept(script, root, tmp_path,
     assert any(not torch.equal(value, built[0].G.state_dict()[name]) for name, value in models["Generator"].items())
 
 
+def test_a_run_that_is_stopped_in_its_first_epoch_is_saved(script, root, tmp_path, monkeypatch, capsys):
+    draws = script.draws
+
+    def stopped(args, step, *more):
+        if step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return draws(args, step, *more)
+    monkeypatch.setattr(script, "draws", stopped)
+    with pytest.raises(SystemExit) as end:
+        script.main(flags(script, root, tmp_path / "run", "--epochs", "2"))
+    assert end.value.code == 128 + signal.SIGTERM and "--resume" in capsys.readouterr().out
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 2
+    assert (tmp_path / "run" / "losses.png").exists() and not (tmp_path / "run" / "evolution.gif").exists()
+
+
 def test_resuming_where_there_is_nothing_yet_starts(root, tmp_path, capsys):
     cspup128.main(flags(cspup128, root, tmp_path / "run", "--steps", "2", "--resume"))
     assert "starting from the beginning" in capsys.readouterr().out
