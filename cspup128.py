@@ -286,7 +286,7 @@ def settle(args, pack, steps):
     Returns what a step takes of each picture besides the picture: here nothing.
     """
     if args.augment == "auto":
-        args.augment = "on" if len(pack) < 10_000 and not {"celeba", "synthetic"} & set(args.data) else "none"
+        args.augment = "on" if len(pack) < 2000 else "none"
     if not (args.epochs or args.steps):
         args.epochs = 20
     return ()

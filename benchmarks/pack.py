@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 FLAGS = {  # by script: what is measured, where flags given do not say otherwise
-    "cspup128": ["--batch-size", "32"],
+    "cspup128": ["--batch-size", "32", "--loss", "logits", "--gamma", "0"],
     "dcgan": ["--recipe", "classic", "--batch-size", "64"],
     "cgan_residual": ["--batch-size", "64"],
 }

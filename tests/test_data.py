@@ -454,8 +454,8 @@ def test_two_ranks_see_what_one_with_twice_the_batch_sees(count):
 # What is left open until the pictures are known
 
 @pytest.mark.parametrize("data, count, augment", [
-    ("set", 9_999, "on"), ("set", 10_000, "none"), ("celeba", 500, "none"), ("synthetic", 4096, "none")])
-def test_augmentation_is_for_small_sets_of_ones_own(data, count, augment):
+    ("set", 1999, "on"), ("set", 2000, "none"), ("celeba", 500, "on"), ("synthetic", 4096, "none")])
+def test_augmentation_is_for_small_sets(data, count, augment):
     args, given = arguments("--data", data), arguments("--data", data, "--augment", "on", "--steps", 7)
     for each in (args, given):
         assert cspup128.settle(each, np.broadcast_to(np.uint8(0), (count, 2, 2, 3)), count // 64) == ()
