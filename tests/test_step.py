@@ -205,9 +205,11 @@ def test_two_processes_at_half_the_batch_train_as_one_at_the_whole(tmp_path):
     run([*flags, "--batch-size", "8", "--out", str(tmp_path / "one")])
     run([*flags, "--batch-size", "4", "--out", str(tmp_path / "two")], processes=2)
     one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("one", "two"))
-    for name in ("G", "D", "ema"):
-        for key, value in one[name].items():
-            torch.testing.assert_close(value, two[name][key], rtol=1e-3, atol=1e-4)
+    start = cspup128.build(cspup128.parse(flags)[0], CPU, "fp32")
+    for name in ("G", "D", "ema"):  # against how far they moved, as Adam turns the rounding of a gradient near 0 to a step
+        a, b, c = (torch.cat([value.flatten() for value in state.values()])
+                   for state in (one[name], two[name], getattr(start, name).state_dict()))
+        assert (a - b).norm() < 0.02 * (a - c).norm()
     rows = [(tmp_path / name / "metrics.csv").read_text().split()[-1].split(",") for name in ("one", "two")]
     assert rows[0][3] == rows[1][3] == "160"
     for a, b in zip(rows[0][4:], rows[1][4:]):
