@@ -47,7 +47,7 @@ UP = {  # what doubles the picture in the left and in the right branch
 }
 
 def double(c_in, c_out, how):
-    """N,c_in,H,W to N,c_out,2H,2W by a transposed convolution as DCGAN has it, or by interpolation, where c_in is c_out."""
+    """N,c_in,H,W to N,c_out,2H,2W: a transposed convolution as DCGAN has it, or interpolation, where c_in is c_out."""
     if how == "deconv":
         return nn.ConvTranspose2d(c_in, c_out, 4, 2, 1, bias=False)
     return nn.Upsample(scale_factor=2, mode=how)
@@ -146,7 +146,8 @@ def bce(logit, target):
     return F.binary_cross_entropy(logit.sigmoid(), torch.full_like(logit, target))
 
 LOSSES = {  # name: (the discriminator's, the generator's), each from the logits of real and of fake
-    "relativistic": (lambda real, fake: F.softplus(fake - real).mean(), lambda real, fake: F.softplus(real - fake).mean()),
+    "relativistic": (lambda real, fake: F.softplus(fake - real).mean(),
+                     lambda real, fake: F.softplus(real - fake).mean()),
     "bce": (lambda real, fake: bce(real, 1) + bce(fake, 0), lambda real, fake: bce(fake, 1)),
     "logits": (lambda real, fake: (F.softplus(-real) + F.softplus(fake)).mean(),
                lambda real, fake: F.softplus(-fake).mean()),
