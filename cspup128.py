@@ -172,9 +172,10 @@ def train_step(nets, args, inputs, train_d=True):
     real, (loss_of_d, loss_of_g) = view(to_float(real, uniform, args.flip)), LOSSES[args.loss]  # N,3,128,128
     with nets.autocast():
         fake = nets.G(z)
+    fake = view(fake.to(real.dtype))  # once for both networks
     if train_d:
         nets.D.requires_grad_(True)
-        pair = [x.detach().requires_grad_(args.gamma > 0) for x in (real, view(fake.detach().to(real.dtype)))]
+        pair = [x.detach().requires_grad_(args.gamma > 0) for x in (real, fake)]
         narrow = args.gamma > 0 and nets.scaler.is_enabled()  # gradients of gradients do not fit fp16
         with contextlib.nullcontext() if narrow else nets.autocast():
             logits = [nets.D(x).float() for x in pair]
@@ -186,7 +187,7 @@ def train_step(nets, args, inputs, train_d=True):
     nets.D.requires_grad_(False)
     with nets.autocast():
         real_logit = nets.D(real).float() if args.loss == "relativistic" else None
-        fake_logit = nets.D(view(fake)).float()
+        fake_logit = nets.D(fake).float()
     loss = loss_of_g(real_logit, fake_logit)
     optimise(nets, loss, nets.opt_g)
     nets.last[1], nets.last[3] = loss.detach(), fake_logit.detach().sigmoid().mean()
@@ -825,8 +826,8 @@ def worries(rows, fake, real):
     if "d_held_out" in late and (late["d_seen"] - late["d_held_out"]).mean() > MEMORISED:
         yield (f"the discriminator begins to memorise: over 200 steps D(x) is {late['d_seen'].mean():.2f} for pictures "
                f"trained on, {late['d_held_out'].mean():.2f} for others; more pictures help, --augment on, or to stop")
-    if len(rows) >= 50 and apart(fake) < REPEATED * apart(real):
-        yield (f"the samples repeat themselves: two neighbours among them are {apart(fake) / apart(real):.2f} times as "
+    if len(rows) >= 50 and (near := apart(fake)) < REPEATED * (usual := apart(real)):
+        yield (f"the samples repeat themselves: two neighbours among them are {near / usual:.2f} times as "
                "far apart as among real pictures; a lower --lr may help, or --augment on for a small set")
 
 def train(args, saved=None):

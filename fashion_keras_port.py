@@ -963,8 +963,8 @@ def worries(rows, fake, real):
     if "d_held_out" in late and (late["d_seen"] - late["d_held_out"]).mean() > MEMORISED:
         yield (f"the discriminator begins to memorise: over 200 steps D(x) is {late['d_seen'].mean():.2f} for pictures "
                f"trained on, {late['d_held_out'].mean():.2f} for others; more pictures help, --augment on, or to stop")
-    if len(rows) >= 50 and apart(fake) < REPEATED * apart(real):
-        yield (f"the samples repeat themselves: two neighbours among them are {apart(fake) / apart(real):.2f} times as "
+    if len(rows) >= 50 and (near := apart(fake)) < REPEATED * (usual := apart(real)):
+        yield (f"the samples repeat themselves: two neighbours among them are {near / usual:.2f} times as "
                "far apart as among real pictures; a lower --lr may help, or --augment on for a small set")
 
 def train(args, saved=None):
