@@ -1,14 +1,14 @@
-"""Train a conditional GAN on digits by class, with residual blocks and dropout, end to end, in this one file.
+"""Train a conditional GAN on digits by class, with residual blocks and dropout, in this one file.
 
-The generator is told the class one-hot before its noise; the discriminator by projection (Miyato & Koyama 2018). At
-the end a small classifier, trained on the real pictures, reports how many of 10,000 are read as the class asked for.
+    python cgan_residual.py                                      # MNIST, which torchvision downloads
+    python cgan_residual.py --data synthetic --steps 600         # drawn digits, no data needed
+    python cgan_residual.py --generate 20 --labels 3,7 --checkpoint runs/cgan_residual/models.pth
 
-    python cgan_residual.py                                          # MNIST, which torchvision downloads
-    python cgan_residual.py --data synthetic --steps 600             # drawn digits, no data needed
-    python cgan_residual.py --generate 20 --labels 3,7 --checkpoint runs/cgan_residual/models.pth --save digits.png
+The generator is told the class one-hot before its noise, the discriminator by projection (Miyato & Koyama
+2018).
 """
 # %% Imports
-import argparse, copy, csv, functools, hashlib, importlib.metadata, io, itertools, json, math, os, random, signal, sys
+import argparse, copy, functools, glob, hashlib, itertools, json, math, os, random, signal, sys, threading
 import time, zipfile, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -24,24 +24,44 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from tqdm.auto import tqdm
 
-SCRIPT, DATA, SIZE, Z, CLASSES, WIDTH, END = "cgan_residual", "mnist", 28, 246, 10, 16, "20 epochs"
-DRAWN, SAMPLES, PER_ROW = "0123456789", 100, 10  # classes of draw_picture; pictures of a sample grid, and in its rows
-RECIPES = {"projection": dict(batch_size=64, lr=1e-3, d_lr=1e-3, beta1=0.0, beta2=0.999, ema=0.999,
-                              augment="auto", flip=False, held_out=0.0)}
-METRICS = "loss_d", "loss_g", "d_real", "d_fake"  # what train_step adds up
-CURVES = {  # picture: its title, its unit, and the columns of metrics.csv that it shows
-    "losses": ("losses of discriminator and generator", "loss", ("loss_d", "loss_g")),
-    "scores": ("verdicts of the discriminator", "mean probability of being real", ("d_real", "d_fake")),
-}
+SCRIPT, Z, PER_ROW, Optimiser = "cgan_residual", 246, 10, torch.optim.Adam  # noise; a row of samples
+RECIPES = {"projection": dict(lr=1e-3, d_lr=1e-3, betas=[0.0, 0.999], ema=0.999, augment=None, flip=False)}
+
+# --- shared: fused ---
+try:  # the extension of this repository: optional, and a build for another torch can fail in any way
+    import gan_ops
+    assert gan_ops.torch_version == torch.__version__, f"it was built for torch {gan_ops.torch_version}"
+    FUSED, GAN_OPS = gan_ops.devices, f"serves on {' and '.join(gan_ops.devices)}"
+except Exception as error:
+    FUSED, GAN_OPS = (), f"does not serve: {error} (pip install -e . builds it)"
+
+class BatchNormLeakyReLU(nn.BatchNorm2d):
+    """leaky_relu(batch_norm(x), slope), where `fused` by gan_ops; its state_dict is nn.BatchNorm2d's."""
+    fused = False
+
+    def __init__(self, channels, slope):
+        super().__init__(channels)
+        self.slope = slope
+
+    def arguments(self):
+        """What gan_ops needs besides the input; counts the batch, as nn.BatchNorm2d does."""
+        self.num_batches_tracked += self.training
+        statistics = self.running_mean, self.running_var, self.training, self.momentum, self.eps
+        return self.weight, self.bias, *statistics, self.slope
+
+    def forward(self, x):
+        if not self.fused: return F.leaky_relu(super().forward(x), self.slope)
+        return torch.ops.gan_ops.batch_norm_leaky_relu(x, *self.arguments())
+# --- end shared ---
 
 # %% Networks
 class Residual(nn.Module):
-    """x + f(x) for N,C,H,W: twice batch norm, LeakyReLU and a 3x3 convolution, dropout of whole channels between."""
+    """x + f(x) for N,C,H,W: twice batch norm, LeakyReLU, 3x3 convolution; dropout of channels between."""
     def __init__(self, channels, dropout):
         super().__init__()
         self.layers = nn.Sequential(
-            BatchNormLeakyReLU(channels, slope=0.2), nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-            BatchNormLeakyReLU(channels, slope=0.2), nn.Dropout2d(dropout),
+            BatchNormLeakyReLU(channels, 0.2), nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            BatchNormLeakyReLU(channels, 0.2), nn.Dropout2d(dropout),
             nn.Conv2d(channels, channels, 3, padding=1, bias=False))
 
     def forward(self, x):
@@ -52,26 +72,27 @@ class Generator(nn.Module):
 
     `width`: channels beside the picture.
     """
-    def __init__(self, width=WIDTH, classes=CLASSES, blocks=1, dropout=0.05):
+    def __init__(self, width=16, classes=10, blocks=1, dropout=0.05):
         super().__init__()
         up = functools.partial(nn.ConvTranspose2d, kernel_size=4, stride=2, padding=1, bias=False)
         self.project = nn.Linear(classes + Z, 4 * width * 49)
         self.layers = nn.Sequential(
             *(Residual(4 * width, dropout) for _ in range(blocks)), BatchNormLeakyReLU(4 * width, slope=0.2),
             up(4 * width, 2 * width), BatchNormLeakyReLU(2 * width, slope=0.2),
-            up(2 * width, width), BatchNormLeakyReLU(width, slope=0.2), nn.Conv2d(width, 1, 3, padding=1), nn.Tanh())
+            up(2 * width, width), BatchNormLeakyReLU(width, slope=0.2),
+            nn.Conv2d(width, 1, 3, padding=1), nn.Tanh())
 
     def forward(self, z):
         x = self.project(z).unflatten(1, (7, 7, -1)).permute(0, 3, 1, 2)  # N,64,7,7, channels_last as it is
         return self.layers(x)  # N,64,7,7; N,32,14,14; N,16,28,28; N,1,28,28
 
 class Discriminator(nn.Module):
-    """Pictures (N,1,28,28), labels (N, or one-hot N,10) to probabilities of being real (N,1), or else their logits.
+    """Pictures (N,1,28,28), labels (N, or one-hot N,10) to probabilities of being real (N,1), or to logits.
 
-    The logit is a part that knows no class and the features' product with the class's vector (Miyato & Koyama 2018).
-    Without labels it is the mean of the logits of all classes.
+    The logit is a part that knows no class and the features' product with the class's vector (Miyato & Koyama
+    2018). Without labels it is the mean of the logits of all classes.
     """
-    def __init__(self, width=WIDTH, classes=CLASSES, dropout=0.1):
+    def __init__(self, width=16, classes=10, dropout=0.1):
         super().__init__()
         layers, channels = [], [1, width, 2 * width, 4 * width]
         for c_in, c_out, kernel in zip(channels, channels[1:], (4, 4, 3)):
@@ -81,1144 +102,472 @@ class Discriminator(nn.Module):
         self.logit, self.of_class = nn.Linear(16 * width, 1), nn.Linear(classes, 16 * width, bias=False)
 
     def forward(self, x, labels=None, logits=False):
-        classes = self.of_class.in_features
-        if labels is None:
-            labels = torch.full((len(x), classes), 1 / classes, device=x.device)
-        elif labels.ndim == 1:
-            labels = F.one_hot(labels, classes)
-        features = self.layers(x)  # N,16,14,14; N,32,7,7; N,64,4,4; N,256
-        logit = self.logit(features) + (features * self.of_class(labels.to(features.dtype))).sum(1, keepdim=True)
+        features, classes = self.layers(x), self.of_class.in_features  # N,16,14,14; N,32,7,7; N,64,4,4; N,256
+        if labels is None: labels = torch.full((len(x), classes), 1 / classes, device=x.device)
+        if labels.ndim == 1: labels = F.one_hot(labels, classes)
+        of_class = (features * self.of_class(labels.to(features.dtype))).sum(1, keepdim=True)
+        logit = self.logit(features) + of_class
         return logit if logits else logit.sigmoid()  # N,1
 
-def recipe(args):
-    """The flags' defaults."""
-    return RECIPES["projection"]
-
 def make_networks(args):
-    """(generator, discriminator) on the CPU, for the classes args.names.
+    """(generator, discriminator) for the classes args.names.
 
-    The generator's weights are DCGAN's, N(0, 0.02); the discriminator's PyTorch's own: with nothing that normalises in
-    it and few channels, DCGAN's would leave its logits near 0 for a long time.
+    The generator's weights are DCGAN's, N(0, 0.02); the discriminator's PyTorch's own: with nothing that
+    normalises in it and few channels, DCGAN's would leave its logits near 0 for a long time.
     """
-    g, d = Generator(args.width, len(args.names), args.blocks), Discriminator(args.width, len(args.names))
-    for module in g.modules():
+    G = Generator(args.width, len(args.names), args.blocks)
+    for module in G.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             nn.init.normal_(module.weight, 0, 0.02)
-    return g, d
-
-probability = nn.Identity()  # of being real, from what the discriminator gives
-Optimiser = torch.optim.Adam  # of both networks
-
-def condition(args, count):
-    """What the generator is told of `count` pictures: one-hot labels, count,classes."""
-    return asked_labels(args, count)
+    return G, Discriminator(args.width, len(args.names))
 
 # %% Losses and one training step
-def train_step(nets, args, inputs, train_d=True):
-    """One iteration: the discriminator if `train_d`, the generator, its average. It never waits for the device.
+def train_step(nets, args, view, real, z, labels):
+    """A step of both networks on real pictures (N,1,28,28), z (N,246) and one-hot labels (N,10).
 
-    The losses are binary cross-entropy of the logits: -log D(x) - log(1 - D(G(z))), and -log D(G(z)). Made pictures
-    get the labels of the real ones. The discriminator judges both in one pass, as nothing in it couples a batch.
-    inputs: real, uint8 N,28,28,1; labels, one-hot N,10; z, N,246; uniform, N,8 in [0, 1), for flips and augmentation;
-    the average's weight, 0-d. Adds METRICS to nets.sums; of a discriminator that rests, the last ones.
+    What is generated gets the labels of the real pictures. The discriminator judges both in one pass, as
+    nothing in it couples a batch. It never waits for the GPU. Returns the losses, and the logits of both.
     """
-    real, labels, z, uniform, weight = inputs
-    view = functools.partial(augment, uniform=uniform) if args.augment == "on" else lambda x: x
-    real = view(to_float(real, uniform, args.flip))  # N,1,28,28
+    nets.D.requires_grad_(True)
     with nets.autocast():
         fake = nets.G(torch.cat([labels, z], 1))
-    if train_d:
-        nets.D.requires_grad_(True)
-        with nets.autocast():
-            logit = nets.D(torch.cat([real, view(fake.detach())]), labels.repeat(2, 1), logits=True)
-        real_logit, fake_logit = logit.float().chunk(2)
-        loss = (F.softplus(-real_logit) + F.softplus(fake_logit)).mean()
-        optimise(nets, loss, nets.opt_d)
-        nets.last[0], nets.last[2] = loss.detach(), real_logit.detach().sigmoid().mean()
+        logit = nets.D(torch.cat([real, view(fake.detach())]), labels.repeat(2, 1), logits=True)
+    real_logit, fake_logit = logit.float().chunk(2)
+    loss_d = (F.softplus(-real_logit) + F.softplus(fake_logit)).mean()  # -log D(x) - log(1 - D(G(z)))
+    optimise(nets, loss_d, nets.opt_d)
     nets.D.requires_grad_(False)
     with nets.autocast():
         fake_logit = nets.D(view(fake), labels, logits=True).float()
-    loss = F.softplus(-fake_logit).mean()
-    optimise(nets, loss, nets.opt_g)
-    nets.last[1], nets.last[3] = loss.detach(), fake_logit.detach().sigmoid().mean()
-    finish_step(nets, weight)
-
-# %% Fused operations, or their PyTorch twins
-# --- shared: fused ---
-gan_ops = None  # the extension's operations, where use_gan_ops has found them
-
-def use_gan_ops(device, wanted=True):
-    """Look for the extension gan_ops; returns "serves", or why the PyTorch twins below serve in its place."""
-    global gan_ops
-    gan_ops, here = None, torch.__version__
-    if not wanted:
-        return "does not serve: --no-fused"
-    try:
-        built = importlib.import_module("gan_ops")
-        if built.torch_version != here:
-            raise ImportError("it was built for another torch")
-    except Exception as error:  # it is not there, or cannot be loaded: neither stops a script
-        try:
-            label = importlib.metadata.version("gan-scripts").partition("+torch.")[2]
-        except importlib.metadata.PackageNotFoundError:
-            label = ""
-        return f"does not serve: {one_line(error)} (built for {label or 'no'} torch, this is {here}): pip install -e ."
-    if device.type not in built.devices:
-        return f"does not serve: built without {device.type} ({built.without_cuda or 'it has no such kernels'})"
-    gan_ops = torch.ops.gan_ops
-    return "serves"
-
-class BatchNormLeakyReLU(nn.BatchNorm2d):
-    """`leaky_relu(batch_norm(x), slope)` as one operation; state_dict and evaluation are nn.BatchNorm2d's."""
-    def __init__(self, channels, slope, **options):
-        super().__init__(channels, **options)
-        self.slope = slope
-
-    def norm_arguments(self):
-        """What gan_ops needs besides x; counts the batch, as nn.BatchNorm2d does."""
-        if self.training and self.track_running_stats:
-            self.num_batches_tracked.add_(1)
-        of_batch = self.training or not self.track_running_stats
-        return (self.weight, self.bias, self.running_mean, self.running_var, of_batch, self.momentum, self.eps,
-                self.slope)
-
-    def forward(self, x):
-        if gan_ops:
-            return gan_ops.batch_norm_leaky_relu(x, *self.norm_arguments())
-        return F.leaky_relu(super().forward(x), self.slope)
-# --- end shared ---
+    loss_g = F.softplus(-fake_logit).mean()  # -log D(G(z))
+    optimise(nets, loss_g, nets.opt_g)
+    return loss_d, loss_g, real_logit, fake_logit
 
 # %% Data
+DRAWN = [f"{i % 10}/{i}.png" for i in range(4096)]  # --data synthetic: in class folders
+
 def draw_picture(index):
-    """Digit number `index` of --data synthetic, index % 10 in Pillow's own font: shifted, turned, scaled, bolder."""
-    rng, s = random.Random(index), 4 * SIZE
-    image, font = Image.new("L", (s, s)), ImageFont.load_default(rng.uniform(0.6, 0.95) * s)
-    place, bold = [s * rng.uniform(0.44, 0.56) for _ in "xy"], rng.randint(0, 4)
-    ImageDraw.Draw(image).text(place, DRAWN[index % 10], 255, font, "mm", stroke_width=bold)
+    """Digit number `index` of --data synthetic, index % 10 in Pillow's own font, shifted and turned."""
+    rng, image = random.Random(index), Image.new("L", (112, 112))
+    font, place = ImageFont.load_default(rng.uniform(67, 106)), (rng.uniform(49, 63), rng.uniform(49, 63))
+    ImageDraw.Draw(image).text(place, str(index % 10), 255, font, "mm", stroke_width=rng.randint(0, 4))
     return image.rotate(rng.uniform(-20, 20), Image.BILINEAR)
 
-def settle(args, pack, steps):
-    """Decide what was left open, now that the pictures are known: classes, augmentation, the end.
+def settle(args, pack, names):
+    """What the flags left open, now that the pictures are known; returns what a step needs besides them."""
+    if args.augment is None: args.augment = len(pack) < 2000
+    return [labels_of(args, names)]
 
-    Returns what a step takes of each picture besides the picture: its label, one-hot N,classes.
-    """
-    if args.labels:
-        raise UserError("--labels chooses among what is generated; to train on some classes: --classes")
-    labels = load_labels(args)
-    if args.augment == "auto":
-        args.augment = "on" if len(pack) < 2000 else "none"
-    if not (args.epochs or args.steps):
-        args.epochs = 20
-    return (F.one_hot(labels, len(args.names)).float(),)
-
-# --- shared: data ---
-PICTURES, SYNTHETIC = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"), 4096
-DIGITS = dict(mnist=torchvision.datasets.MNIST, fashion=torchvision.datasets.FashionMNIST)
-
-class UserError(Exception):
-    """What the user can mend: main prints it as one line and exits with status 2."""
-
-def one_line(error):
-    """The first line of an exception's text, or its type where there is none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-def find_celeba(root):
-    """The aligned CelebA pictures, a folder or .zip: under root, in Kaggle's input folders, or downloaded to root."""
-    places = [Path(root, f"{folder}img_align_celeba{end}") for end in ("", ".zip") for folder in ("celeba/", "")]
-    for depth in ("*", "*/*", "datasets/*/*"):
-        places += Path("/kaggle/input").glob(f"{depth}/img_align_celeba")
-    try:
-        if not any(place.exists() for place in places):
-            torchvision.datasets.CelebA(root, download=True)
-        return next(place for place in places if place.exists())
-    except Exception as error:  # quota, network, a package: whatever it was, the way out is the same
-        raise UserError(
-            f"CelebA is not in {', '.join(map(str, places))} or /kaggle/input/*, and its download failed "
-            f"({one_line(error)}): put img_align_celeba.zip into {Path(root, 'celeba')}") from None
-
-def read_idx(path, dimensions):
-    """An idx file of bytes with so many dimensions, the first of its pictures or labels, as a numpy array."""
-    data, head = path.read_bytes(), 4 * (dimensions + 1)
-    if data[:4] != bytes([0, 0, 8, dimensions]):
-        raise UserError(f"{path} begins with {data[:4].hex()}, not with 0000080{dimensions} as idx files of this kind "
-                        "do: delete it, and it is unpacked or fetched again")
-    shape = [int.from_bytes(data[i : i + 4], "big") for i in range(4, head, 4)]
-    if len(data) != head + math.prod(shape):
-        raise UserError(f"{path} is cut short: it has {len(data)} bytes, not {head + math.prod(shape)}; delete it, and "
-                        "it is unpacked or fetched again")
-    return np.frombuffer(data, np.uint8, offset=head).reshape(shape)
-
-def open_idx(name, root, part):
-    """The pictures of mnist or fashion, `part` train or t10k, each in its class's folder; downloaded where need be."""
-    kind = DIGITS[name]
-    folder = Path(root, kind.__name__, "raw")
-    files = [folder / f"{part}-{what}-ubyte" for what in ("images-idx3", "labels-idx1")]
-    try:
-        if not all(file.exists() for file in files):
-            kind(root, download=True)
-    except Exception as error:  # network, a broken .gz: whatever it was, the way out is the same
-        raise UserError(f"{name} is not in {folder}, and its download failed ({one_line(error)}): put its four .gz "
-                        "files there") from None
-    pictures, labels = read_idx(files[0], 3), read_idx(files[1], 1)
-    classes = [text.split(" - ")[0].split("/")[0] for text in kind.classes]
-    if len(labels) != len(pictures) or labels.max(initial=0) >= len(classes):
-        raise UserError(f"{files[1]} does not match {files[0].name}: {len(labels)} labels up to {labels.max(initial=0)}"
-                        f" for {len(pictures)} pictures of {len(classes)} classes; delete both, and fetch them again")
-    return {f"{classes[labels[i]]}/{i:05d}": (zlib.crc32(pictures[i]), functools.partial(Image.fromarray, pictures[i]))
-            for i in np.argsort(labels, kind="stable").tolist()}
-
-def open_source(data, root):
-    """What one word of --data names: (name, {name of a picture: (stamp, function that opens it)}).
-
-    A set's own test pictures are mnist-test, fashion-test and, of what is drawn, synthetic-test.
-    """
-    known, part = data.removesuffix("-test"), "t10k" if data.endswith("-test") else "train"
-    if known in DIGITS:
-        return data, open_idx(known, root, part)
-    if known == "synthetic":
-        drawn = range(SYNTHETIC) if part == "train" else range(SYNTHETIC, SYNTHETIC * 5 // 4)
-        drawn = sorted(drawn, key=lambda i: i % max(1, len(DRAWN)))  # in the order of their classes
-        names = [f"{DRAWN[i % len(DRAWN)]}/{i}" if DRAWN else str(i) for i in drawn]
-        return data, {name: (SYNTHETIC, functools.partial(draw_picture, i)) for name, i in zip(names, drawn)}
-    path = find_celeba(root) if data == "celeba" else Path(os.path.expanduser(data))
-    if not path.exists():
-        raise UserError(f"there is no {path}: --data takes celeba, mnist, fashion, synthetic, a folder or a .zip file")
-    if path.is_dir():
-        files = (Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
-        found = {file.relative_to(path).as_posix(): file for file in files if file.is_file()}
-        load, stamp = lambda name: Image.open(path / name), lambda file: [file.stat().st_size, file.stat().st_mtime_ns]
-    else:
-        try:
-            archive = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, OSError) as error:
-            raise UserError(f"{path} is no zip file, or cut short ({one_line(error)}): fetch it again") from None
-        found = {info.filename: info for info in archive.infolist()}
-        load, stamp = lambda name: Image.open(io.BytesIO(archive.read(name))), lambda info: info.CRC
-    names = [n for n in sorted(found) if n.lower().endswith(PICTURES) and "__MACOSX" not in n and "/." not in f"/{n}"]
-    if not names:
-        raise UserError(f"{path} holds no pictures: looked for {' '.join(PICTURES)}")
-    return path.resolve().stem, {name: (stamp(found[name]), functools.partial(load, name)) for name in names}
-
-def list_pictures(args):
-    """The pictures of --data in --classes: (name, {name of a picture: (stamp, function that opens it)})."""
-    names, found, folders, wanted = [], {}, set(), set(args.classes)
-    for data in args.data:
-        name, pictures = open_source(data, args.root)
-        names.append(name)
-        for picture, entry in pictures.items():
-            inside = set(picture.split("/")[:-1])
-            folders |= inside
-            if not wanted or wanted & inside:
-                found[f"{data.rstrip('/')}/{picture}" if len(args.data) > 1 else picture] = entry
-    if wanted - folders:
-        raise UserError(f"{' '.join(args.data)} has no pictures in {sorted(wanted - folders)}: "
-                        f"--classes can be of {sorted(folders)}")
-    return "+".join(names)[:60], found
-
-def square(image, size, channels):
-    """A PIL picture as uint8 size,size,channels, resized with antialiasing: its centre square.
-
-    A picture with transparency is cut out already: all of it is laid on white.
-    """
-    image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at a fraction of its size
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):  # 16-bit grey, which convert would clip
-        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
-    (w, h), side, cut_out = image.size, min(image.size), "A" in image.getbands() or "transparency" in image.info
-    if cut_out:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("L" if channels == 1 else "RGB")
-    if cut_out and w != h:
-        whole = [max(1, round(size * length / max(w, h))) for length in (w, h)]
-        canvas = Image.new(image.mode, (size, size), "white")
-        canvas.paste(image.resize(whole, Image.BILINEAR), ((size - whole[0]) // 2, (size - whole[1]) // 2))
-        image = canvas
-    else:
-        box = (w - side) / 2, (h - side) / 2, (w + side) / 2, (h + side) / 2
-        image = image.resize((size, size), Image.BILINEAR, box=box)
-    return np.asarray(image).reshape(size, size, channels)
-
-def find_pack(args):
-    """(where the pack of --data is or will be, where its report of pictures left out, list_pictures' pictures)."""
-    name, items = list_pictures(args)
-    stamps = [SCRIPT, args.channels, [(picture, stamp) for picture, (stamp, _) in items.items()]]
-    key = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:12]
-    path = Path(args.root, ".packed", f"{name}-{args.size}-{key}.npy")
-    return path, path.with_suffix(".left-out.txt"), items
-
-def load_pack(args):
-    """The pictures of --data as uint8 N,size,size,channels, memory-mapped; on first use decoded into <root>/.packed."""
-    path, report, items = find_pack(args)
-    if not path.exists():
-        write(path, lambda part: pack_pictures(part, report, items, args.size, args.channels))
-    if report.exists():
-        left_out = len(report.read_text().splitlines())
-        print(f"{left_out} of {len(items)} pictures cannot be read and are left out: {report} names them")
-    return np.load(path, mmap_mode="c")  # copy on write, since torch warns of what is read-only
-
-def pack_pictures(path, report, items, size, channels):
-    """Decode pictures in threads into the .npy file `path`; list those that cannot be read in `report`.
-
-    Its lines are JSON: [name, why].
-    """
-    def decode(item):
-        name, (_, load) = item
-        try:
-            with load() as image:
-                return square(image, size, channels)
-        except Exception as error:  # a broken file can raise anything; the report says what
-            return json.dumps([name, one_line(error)])  # which spells any name in plain letters, on one line
-
-    def header(count):  # numpy pads it, so its length does not depend on the count
-        head = dict(descr="|u1", fortran_order=False, shape=(count, size, size, channels))
-        np.lib.format.write_array_header_1_0(file, head)
-
-    if not items:
-        raise UserError(f"there is not one picture to pack into {path.parent}")
-    Image.MAX_IMAGE_PIXELS, failed, items = 1 << 27, [], list(items.items())
-    with open(path, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
-        header(len(items))
-        for start in tqdm(range(0, len(items), 256), desc=f"packing {len(items)} pictures", unit="x 256"):
-            for result in pool.map(decode, items[start : start + 256]):  # few at a time: they do not pile up
-                failed.append(result) if isinstance(result, str) else file.write(result)
-        file.seek(0)
-        header(len(items) - len(failed))
-    if len(failed) == len(items):
-        raise UserError(f"none of the {len(items)} pictures can be read; the first is {failed[0]}")
-    if failed:
-        write(report, lambda part: part.write_text("\n".join(failed) + "\n"))
-
-def hold_out(args, count):
-    """(numbers of the pictures to train on, numbers of those held out), of `count`, at random by --seed."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(args.seed))
-    held_out = int(args.held_out * count)
-    return order[held_out:], order[:held_out]
-
-def batches(pack, kept, args, device, rank, world, step, labels=()):
-    """Yield this rank's batches after `step` on the device, lists: pictures number `kept`, uint8 B,H,W,C, and `labels`.
-
-    Their order follows from seed and epoch. A pack that half of the GPU's free memory can hold is moved there; else a
-    thread reads one batch ahead. labels: tensors with a row for each picture of the pack.
-    """
-    data, size, orders = [torch.from_numpy(pack), *labels], args.batch_size, {}
-    steps = len(kept) // (size * world)
-    if device.type == "cuda" and pack.nbytes < torch.cuda.mem_get_info()[0] / 2:
-        data = [part.to(device) for part in data]
-
-    def rows(step):
-        epoch, start = step // steps, (step % steps * world + rank) * size
-        if epoch not in orders:
-            orders.clear()
-            generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
-            orders[epoch] = kept[torch.randperm(len(kept), generator=generator)].to(data[0].device)
-        return orders[epoch][start : start + size]
-
-    def read(which):
-        if data[0].is_cuda:
-            return [part[which] for part in data]
-        # By numpy, as PyTorch would start OpenMP threads for this thread too: with more of them than cores they no
-        # longer wait for work awake, and all that the training does in parallel takes up to half as long again.
-        batch = [torch.from_numpy(part.numpy()[which.numpy()]) for part in data]
-        return [part.pin_memory() for part in batch] if device.type == "cuda" else batch
-
-    choose = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None  # for its thread
-    with ThreadPoolExecutor(1, initializer=choose) as thread:
-        ahead = thread.submit(read, rows(step))
-        for step in itertools.count(step + 1):
-            now, ahead = ahead, thread.submit(read, rows(step))
-            yield [part.to(device, non_blocking=True) for part in now.result()]
-
-def to_float(batch, uniform, flip):
-    """uint8 N,H,W,C to float N,C,H,W (channels_last) in [-1, 1]; if `flip`, half of the pictures are mirrored."""
-    x = batch.permute(0, 3, 1, 2).float() / 127.5 - 1
-    return torch.where(uniform[:, :1, None, None] < 0.5, x.flip(3), x) if flip else x
-
-def augment(x, uniform):
-    """Differentiable augmentation (Zhao et al. 2020) of N,C,H,W by 7 of N,8 uniform numbers: colour, shift, cutout."""
-    (n, _, h, w), u = x.shape, uniform[:, 1:, None, None, None].unbind(1)  # u: 7 of N,1,1,1
-    bright, saturation, contrast = u[0] - 0.5, 2 * u[1], u[2] + 0.5
-    grey = x.mean(1, keepdim=True)  # N,1,H,W
-    mean = grey.mean((2, 3), keepdim=True)
-    rest = contrast * (1 - saturation) * grey + (1 - contrast) * mean + bright
-    x = torch.addcmul(rest, x, contrast * saturation)  # the three one after the other, in one pass
-    down, right = torch.arange(h, device=x.device), torch.arange(w, device=x.device)
-    hole = ((down[:, None] / h - u[5]).abs() < 0.25) & ((right / w - u[6]).abs() < 0.25)
-    x = F.pad(x.masked_fill(hole, 0.0), (w // 8, w // 8, h // 8, h // 8))
-    down = down + (u[3].flatten(1) * (2 * (h // 8) + 1)).long()  # N,H
-    right = right + (u[4].flatten(1) * (2 * (w // 8) + 1)).long()  # N,W
-    which = torch.arange(n, device=x.device)[:, None, None]
-    return x[which, :, down[:, :, None], right[:, None]].permute(0, 3, 1, 2)
-# --- end shared ---
+def draw_z(args, count):
+    """What the generator makes `count` pictures from, the same for each --seed: labels and z, count,256."""
+    z = torch.randn(count, Z, generator=torch.Generator().manual_seed(args.seed))
+    return torch.cat([asked_labels(args, count), z], 1)
 
 # --- shared: classes ---
-def load_labels(args):
-    """The class of each picture of load_pack, int64 N, and their names into args.names: the folders they lie in.
+def labels_of(args, names):
+    """One-hot labels of pictures by the folders in their names, float32 N,classes; args.names: the classes.
 
-    UserError where there are fewer than two, or others than the checkpoint has.
+    A class is one of --classes; without these, a folder on the one level that tells pictures apart. Where
+    there is none, or more than one, it ends with a line.
     """
-    _, report, items = find_pack(args)
-    left_out = {json.loads(line)[0] for line in report.read_text().splitlines()} if report.exists() else set()
-    folders = [name.split("/")[-2] if "/" in name else "" for name in items if name not in left_out]
-    names = list(dict.fromkeys(folders))
-    if len(names) < 2 or "" in names:
-        raise UserError(f"--data {' '.join(args.data)} has no classes: it takes a set with labels, or a folder with a "
-                        "subfolder of pictures for each class")
-    if args.names and args.names != names:
-        raise UserError(f"the model has {len(args.names)} classes, {', '.join(args.names)}, but {' '.join(args.data)} "
-                        f"has {len(names)}: {', '.join(names)}")
-    args.names = names
-    return torch.tensor([names.index(folder) for folder in folders])
+    folders = [name.split("/")[:-1] for name in names]
+    depth = range(max(map(len, folders)))
+    levels = [i for i in depth if len({tuple(path[i : i + 1]) for path in folders}) > 1]
+    found = ["/".join(path[i] for i in levels if i < len(path)) for path in folders]
+    if args.classes: found = [next(folder for folder in path if folder in args.classes) for path in folders]
+    counts = Counter(sorted(found))
+    if len(counts) < 2 or any(not kind or "/" in kind for kind in counts):
+        fail(f"--data {args.data}: which are the classes? It has {dict(counts)}; name them with --classes")
+    if args.names not in (None, [*counts]): fail(f"the model's classes are {args.names}, not {[*counts]}")
+    args.names = list(counts)
+    print(f"classes: {dict(counts)}")
+    return np.eye(len(counts), dtype=np.float32)[[args.names.index(kind) for kind in found]]
 
 def asked_labels(args, count):
-    """One-hot labels of `count` pictures, count,classes, in order: as many of each of --labels, or of all.
-
-    args.labels is None, the flag's text, or a list of classes' numbers.
-    """
-    wanted = args.labels or range(len(args.names))
-    if isinstance(wanted, str):
-        wanted = [find_label(args, word) for word in wanted.split(",")]
-    return F.one_hot(torch.tensor(wanted)[torch.arange(count) * len(wanted) // count], len(args.names)).float()
-
-def find_label(args, word):
-    """The number of the class that a word of --labels names, or is; UserError where there is none."""
-    for words in ([name.lower() for name in args.names], [str(i) for i in range(len(args.names))]):
-        if word.strip().lower() in words:
-            return words.index(word.strip().lower())
-    raise UserError(f"--labels: {word!r} is no class of this model, which has {', '.join(args.names)} (0 to "
-                    f"{len(args.names) - 1})")
+    """One-hot labels for `count` pictures in order, count,classes: as many of each of --labels, or of all."""
+    known, wanted = [name.lower() for name in args.names], range(len(args.names))
+    if args.labels:
+        words = [word.strip().lower() for word in args.labels.split(",")]
+        wanted = [known.index(w) if w in known else int(w) if w.isdecimal() else len(known) for w in words]
+        if max(wanted) >= len(known): fail(f"--labels {args.labels}: the model has {', '.join(args.names)}")
+    return F.one_hot(torch.tensor(wanted)[torch.arange(count) * len(wanted) // count], len(known)).float()
 # --- end shared ---
 
-# %% Run folder
-# --- shared: run folder ---
-COLUMNS = "step", "epoch", "seconds", "images", *METRICS  # of metrics.csv, and where pictures are held out two more
-STATE = "G", "D", "ema", "opt_g", "opt_d", "scaler"
+# --- shared: data and pictures ---
+def fail(message):
+    """End with one line, for what the user can mend."""
+    print("error:", *str(message).split("\n")[:1], file=sys.stderr)
+    raise SystemExit(2)
 
+def find_pictures(data, root):
+    """(names of the files of --data, function to what changes whenever one does, function that opens one)."""
+    if data == "synthetic":
+        return DRAWN, lambda name: SCRIPT, lambda name: draw_picture(int(Path(name).stem))
+    if data in ("mnist", "fashion"):
+        kind = torchvision.datasets.MNIST if data == "mnist" else torchvision.datasets.FashionMNIST
+        found = kind(root, download=True)  # where it is not there yet
+        folders = [name.split(" - ")[0].replace("/", " or ") for name in found.classes]
+        images = {f"{folders[k]}/{i}.png": image for i, (image, k) in enumerate(found)}
+        return list(images), lambda n: zlib.crc32(images[n].tobytes()), images.get
+    path = Path(data).expanduser()
+    if data == "celeba":
+        places = [f"{at}/**/img_align_celeba{end}" for at in (root, "/kaggle/input") for end in ("", ".zip")]
+        if not any(glob.glob(place, recursive=True) for place in places):
+            torchvision.datasets.CelebA(root, download=True)
+        path = Path(next(file for place in places for file in glob.glob(place, recursive=True)))
+    if path.is_dir():  # links to files are followed, those to folders are not: they can lead back up
+        names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+        return names, lambda n: (path / n).stat().st_mtime_ns, lambda n: Image.open(path / n)
+    archive = zipfile.ZipFile(path)
+    return archive.namelist(), lambda n: archive.getinfo(n).CRC, lambda n: Image.open(archive.open(n))
+
+def square(image, size, channels):
+    """A PIL picture as uint8 size,size,channels: its middle; if parts are transparent, all of it on white."""
+    image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at a fraction of its size
+    image, mode = ImageOps.exif_transpose(image), "L" if channels == 1 else "RGB"
+    if image.mode[0] in "IF":  # grey of 16 bits, of which 12 may be in use, or of numbers up to 1
+        values = np.asarray(image, np.float32)
+        top = next((top for top in (1, 255, 4095) if values.max() <= top), 65535)
+        image = Image.fromarray((values * (255 / top)).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data and (image := image.convert("RGBA")).getextrema()[3][0] < 255:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = ImageOps.pad(image, (size, size), Image.BILINEAR, color="white")
+    image = ImageOps.fit(image.convert(mode), (size, size), Image.BILINEAR)
+    return np.asarray(image).reshape(size, size, channels)
+
+def load_pack(args):
+    """The pictures of --data, uint8 N,size,size,channels, memory-mapped, and their names; decoded once."""
+    try:
+        names, stamp, open_picture = find_pictures(args.data, args.root)
+    except Exception as error:  # not there, no network, a used up quota, cut short, another kind of archive
+        fail(f"--data {args.data}: {error}; it is a folder, a .zip, synthetic, mnist, fashion or celeba, "
+             f"whose img_align_celeba.zip belongs into --root {args.root} where the download fails")
+    names = sorted(n for n in names if n[-1] != "/" and "/." not in f"/{n}" and "__MACOSX" not in n)
+    folders = {folder for n in names for folder in n.split("/")[:-1]}
+    if not names or set(args.classes) - folders:
+        fail(f"{args.data} has no pictures in {args.classes or 'it'}; its folders are {sorted(folders)}")
+    names = [n for n in names if not args.classes or set(n.split("/")[:-1]) & set(args.classes)]
+    key = hashlib.sha256(repr([args.channels, [(n, stamp(n)) for n in names]]).encode()).hexdigest()[:12]
+    path = Path(args.root, ".packed", f"{Path(args.data).resolve().stem}-{args.size}-{key}.npy")
+    report, left_out = path.with_suffix(".json"), {}
+
+    def decode(name):
+        try:
+            return square(open_picture(name), args.size, args.channels).tobytes()
+        except Exception as error:  # no picture, or a broken one, which can raise anything
+            left_out[name] = str(error)
+            return b""
+
+    def pack(part):
+        with open(part, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as threads:
+            file.seek(128)  # behind the header of an .npy file, which is written at the end
+            file.writelines(tqdm(threads.map(decode, names), "packing", len(names), unit="img"))
+            shape = len(names) - len(left_out), args.size, args.size, args.channels
+            file.seek(0)
+            np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=shape))
+        write(report, lambda part: part.write_text(json.dumps(left_out, indent=1)))
+    if not path.exists(): write(path, pack)
+    if left_out := json.loads(report.read_text()):
+        print(f"left out, see {report}: {dict(Counter(Path(n).suffix.lower() for n in left_out))}")
+    return np.load(path, mmap_mode="c"), [n for n in names if n not in left_out]
+
+def batches(arrays, args, device, rank, world, step):
+    """Yield this rank's batches after `step` on the device, rows of each array, in an order by --seed."""
+    size, steps = args.batch_size, len(arrays[0]) // (args.batch_size * world)  # steps of an epoch
+    arrays = [torch.from_numpy(array) for array in arrays]
+    if device.type == "cuda" and arrays[0].nbytes < torch.cuda.mem_get_info()[0] / 2:
+        arrays = [array.to(device) for array in arrays]
+    for epoch in itertools.count(step // steps):
+        order = np.random.default_rng([args.seed, epoch]).permutation(len(arrays[0]))[: steps * world * size]
+        order = torch.from_numpy(order.reshape(steps, world, size)[:, rank]).to(arrays[0].device)
+        yield from ([array[numbers].to(device) for array in arrays] for numbers in order[step % steps :])
+        step = 0
+
+def augment(x, uniform):
+    """Differentiable augmentation (Zhao et al. 2020) of N,C,H,W: colour, shift and cutout by uniform, N,7."""
+    (n, _, h, w), u = x.shape, uniform[:, :, None, None, None].unbind(1)  # u: 7 of N,1,1,1
+    x = x + u[0] - 0.5  # brightness
+    x = torch.lerp(x.mean(1, keepdim=True), x, 2 * u[1])  # saturation
+    x = torch.lerp(x.mean((1, 2, 3), keepdim=True), x, u[2] + 0.5)  # contrast
+    down, right = torch.arange(h, device=x.device)[:, None], torch.arange(w, device=x.device)
+    hole = ((down / h - u[5]).abs() < 0.25) & ((right / w - u[6]).abs() < 0.25)
+    x = F.pad(x.masked_fill(hole, 0.0), (w // 8, w // 8, h // 8, h // 8))
+    down = down + (u[3][:, 0] * (2 * (h // 8) + 1)).long()  # N,H,1
+    right = right + (u[4][:, 0] * (2 * (w // 8) + 1)).long()  # N,1,W
+    return x[torch.arange(n, device=x.device)[:, None, None], :, down, right].permute(0, 3, 1, 2)
+
+# %% Pictures out
 def write(path, make):
     """Have make(part) make a file beside `path`, flush it and rename it: whole, or not at all."""
-    part = path.with_name(f".part-{os.getpid()}-{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        make(part)
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-def load_weights(path):
-    """A checkpoint.pt or models.pth of this script, as a dict; code in a pickle does not run."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["config"]["script"] == SCRIPT:
-            return saved
-        raise ValueError(f"it is of {saved['config']['script']}.py")
-    except Exception as error:  # a missing, cut or foreign file fails in many ways
-        raise UserError(f"{path} is no checkpoint of {SCRIPT}.py that can be read: {one_line(error)}") from None
+    part = path.with_name(f".part-{path.name}")
+    make(part)
+    with open(part, "rb+") as file: os.fsync(file.fileno())
+    os.replace(part, path)
 
 @torch.no_grad()
 def sample(generator, z):
-    """Condition and z (N,K+Z) to pictures, uint8 N,C,H,W on the CPU, by a generator in evaluation mode."""
-    return generator(z).float().mul(127.5).add(128).clamp(0, 255).byte().cpu()
+    """What a generator in evaluation mode makes of z (N,...), 64 at a time: uint8 N,C,H,W on the CPU."""
+    pictures = (generator(part.to(next(generator.parameters()).device)).float() for part in z.split(64))
+    return torch.cat([part.mul(127.5).add(128).clamp(0, 255).byte().cpu() for part in pictures])
 
 def to_grid(images, columns=PER_ROW):
     """uint8 N,C,H,W as one PIL picture."""
     return Image.fromarray(torchvision.utils.make_grid(images, columns).permute(1, 2, 0).numpy())
 
-def apart(images):
-    """How far pictures (uint8 N,C,H,W) are from the nearest other one, in the median: RMS of 16x16 values in [0, 1]."""
-    flat = F.adaptive_avg_pool2d(images.float() / 255, 16).flatten(1)
-    distances = torch.cdist(flat, flat).fill_diagonal_(math.inf).amin(1)
-    return (distances.median() / flat.shape[1] ** 0.5).item()
-
 def draw_run(out, rows, real, fake):
-    """CURVES from the rows of metrics.csv, comparison.png, and evolution.gif from samples/."""
-    from matplotlib.figure import Figure  # here, since it takes half a second, and a run should begin at once
-    window, steps = max(1, len(rows) // 50), [int(row["step"]) for row in rows]
-    for name, (title, unit, columns) in CURVES.items():
+    """The curves of metrics.csv, real beside generated pictures, and the samples as an animation."""
+    from matplotlib.figure import Figure  # here, as it takes half a second, and a run should begin at once
+    for name, unit, columns in ("losses", "loss", (4, 5)), ("scores", "probability of being real", (6, 7)):
         figure = Figure(figsize=(8, 4.5), layout="constrained")
-        axes = figure.subplots()
-        axes.set(title=f"{SCRIPT}: {title}", xlabel="step", ylabel=unit)
-        for column, colour in zip(columns, ("tab:blue", "tab:orange")) if columns[0] in rows[0] else ():
-            values = np.array([row[column] for row in rows], float)
-            axes.plot(steps, values, color=colour, alpha=0.3)
-            smooth = np.convolve(values, np.ones(window) / window, "valid")
-            axes.plot(steps[window - 1 :], smooth, color=colour, label=column)
-        if axes.lines:
-            axes.legend()
-            write(out / f"{name}.png", figure.savefig)
-    figure = Figure(figsize=(12, 6.4), layout="constrained")
-    for axes, images, title in zip(figure.subplots(1, 2), (real, fake), ("real", "generated")):
-        axes.set(title=title, xticks=[], yticks=[])
-        axes.imshow(to_grid(images))
-    write(out / "comparison.png", figure.savefig)
+        axes = figure.subplots(subplot_kw=dict(title=f"{SCRIPT}: {name}", xlabel="step", ylabel=unit))
+        for i in columns: axes.plot(*np.array(rows)[:, [0, i]].T, label=COLUMNS[i], linewidth=1)
+        axes.legend()
+        write(out / f"{name}.png", figure.savefig)
+    pairs = torch.cat([images.unflatten(0, (-1, PER_ROW)) for images in (real, fake)], 1).flatten(0, 1)
+    write(out / "comparison.png", to_grid(pairs, 2 * PER_ROW).save)  # real on the left, made on the right
     files = sorted((out / "samples").glob("epoch_*.png"))
-    files = dict.fromkeys(files[:: len(files) // 100 + 1] + files[-1:])  # about 100, and the last one always
-    if files:  # there is none before an epoch has ended
-        save_gif(out / "evolution.gif", (Image.open(file) for file in files), 250)
+    first, *rest = (ImageOps.contain(Image.open(f), (512, 512)) for f in files[:: len(files) // 100 + 1])
+    first.save(out / "evolution.gif", save_all=True, append_images=rest, duration=250, loop=0)
 
-def save_gif(path, frames, milliseconds):
-    """PIL pictures as an animation without end, each frame in at most 512x512."""
-    first, *rest = (ImageOps.contain(frame, (512, 512)) for frame in frames)
-    write(path, lambda part: first.save(part, save_all=True, append_images=rest, duration=milliseconds, loop=0))
-
-def open_run(args, config, resumed):
-    """Make the run folder and config.json, an earlier run moved aside; returns log(step, values, picture)."""
-    out = Path(args.out)
-    if not resumed and (out / "checkpoint.pt").exists():
-        if Path.cwd().is_relative_to(out.resolve()):
-            raise UserError(f"{out} holds an earlier run and is where you stand: name another --out")
-        aside = next(p for n in itertools.count(1) if not (p := out.with_name(f"{out.name}.{n}")).exists())
-        print(f"{out} holds an earlier run, which is now {out.rename(aside)}")
-    (out / "samples").mkdir(parents=True, exist_ok=True)
-    for part in out.rglob(".part-*"):  # of a process that was killed as it wrote
-        part.unlink()
-    write(out / "config.json", lambda part: part.write_text(json.dumps(config, indent=2) + "\n"))
-    try:
-        if args.logger == "wandb":
-            import wandb
-            wandb.finish()  # the run of the class, or of the notebook's cell, before this one
-            run = wandb.init(project=SCRIPT, dir=out, config=config)
-            return lambda step, values, picture=None: run.log(
-                values if picture is None else dict(values, samples=wandb.Image(picture)), step)
-        if args.logger == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(out / "tensorboard")
-
-            def log(step, values, picture=None):
-                for name, value in values.items():
-                    writer.add_scalar(name, value, step)
-                if picture is not None:
-                    writer.add_image("samples", np.asarray(picture), step, dataformats="HWC")
-            return log
-    except ImportError as error:
-        raise UserError(f"--logger {args.logger} needs a package ({error}): pip install {args.logger}") from None
-    return lambda step, values, picture=None: None
-
-def save_tensors(path, state):
-    """torch.save, all or nothing; OSError where the disk is full, which torch has another name for."""
-    def make(part):
-        with open(part, "wb") as file:
-            torch.save(state, file)
-    try:
-        write(path, make)
-    except RuntimeError as error:
-        raise OSError(f"{path} cannot be written, the one from before is as it was: {one_line(error)}") from None
-
-def save_metrics(out, rows):
-    """Write metrics.csv from its rows, each a dict of strings."""
-    lines = [rows[0] if rows else COLUMNS, *(row.values() for row in rows)]
-    write(out / "metrics.csv", lambda part: part.write_text("\n".join(map(",".join, lines)) + "\n"))
-
-def save_run(args, nets, rows, step, seconds):
-    """Write metrics.csv, then checkpoint.pt, which counts on it, then models.pth."""
-    out, state = Path(args.out), {name: getattr(nets, name).state_dict() for name in STATE}
-    save_metrics(out, rows)
-    models = dict(Generator=state["ema"], Discriminator=state["D"], config=dict(vars(args), script=SCRIPT))
-    state.update(models, step=step, seconds=seconds, last=nets.last, sums=nets.sums)
-    save_tensors(out / "checkpoint.pt", state)
-    save_tensors(out / "models.pth", models)
-
-def restore(args, nets, saved):
-    """Take up a checkpoint; returns its step, its seconds, and the rows of metrics.csv up to there."""
-    for name in STATE:
-        getattr(nets, name).load_state_dict(saved[name])
-    for optimiser in (nets.opt_g, nets.opt_d):
-        optimiser.param_groups[0].update(nets.adam)  # as this device wants them, not the one of the checkpoint
-    for name in ("last", "sums"):
-        getattr(nets, name).copy_(saved[name])
-    rows = csv.DictReader(Path(args.out, "metrics.csv").read_text().split())
-    rows = [row for row in rows if int(row["step"]) <= saved["step"] and int(row["step"]) % LOG_EVERY == 0]
-    return saved["step"], saved["seconds"], rows
+def worries(rows, fake, real):
+    """Lines on what has gone wrong, by the rows of metrics.csv and pictures (uint8 N,C,H,W) made and real."""
+    ahead = np.array(rows[-20:])[:, 6] - np.array(rows[-20:])[:, 7]  # D(x) - D(G(z)) over 200 steps
+    if len(rows) >= 20 and (ahead.min() > 0.95 or ahead.mean() < 0.002):
+        state, other = ("won", "lower") if ahead.mean() > 0.5 else ("been no better than chance", "higher")
+        yield f"the discriminator has {state} for 200 steps: a {other} --d-lr may help, or --augment"
+    flat = [F.adaptive_avg_pool2d(images.float(), 16).flatten(1) for images in (fake, real)]
+    near = [torch.cdist(x, x).fill_diagonal_(math.inf).amin(1).median().item() for x in flat]
+    if len(rows) >= 50 and near[0] < 0.4 * near[1]:  # the median distance to the nearest other picture
+        yield f"the samples repeat themselves, {near[0] / near[1]:.2f} times as far apart as real ones"
 # --- end shared ---
 
-# %% Training
+# --- shared: generate by class ---
+def generate(args, saved):
+    """--generate: pictures by a checkpoint's averaged generator, with labels: a .npz, a .png or a folder."""
+    generator, path = make_networks(args)[0].to(pick_device(args)[0]).eval(), Path(args.save)
+    generator.load_state_dict(saved["Generator"])
+    z = draw_z(args, args.generate)
+    images, labels = sample(generator, z), z[:, :-Z].argmax(1).numpy() if z.shape[1] > Z else None
+    pixels = images.squeeze(1).numpy()  # N,H,W
+    if path.suffix == ".npz":
+        arrays = dict(images=pixels) if labels is None else dict(images=pixels, labels=labels)
+        write(path, lambda part: np.savez(part.open("wb"), **arrays))
+    elif path.suffix == ".png":
+        write(path, to_grid(images, math.ceil(args.generate**0.5)).save)
+    else:  # a folder for each class, as --data takes them
+        for i, image in enumerate(pixels):
+            folder = path if labels is None else path / args.names[labels[i]]
+            write(folder / f"{i:06d}.png", Image.fromarray(image).save)
+    print(f"{args.generate} pictures: {path}")
+# --- end shared ---
+
 # --- shared: training ---
-LOG_EVERY = 10  # steps between two readings of the metrics, each of which waits for the device
-MEMORISED = 0.25  # by how much the discriminator may prefer pictures that it was trained on
-REPEATED = 0.4  # of the distance between two neighbours among real pictures: what is nearer repeats itself
+# %% Training
+SIGNALS = signal.SIGINT, signal.SIGTERM  # on which a run is saved
+LOG_EVERY = 10  # steps between two rows of metrics.csv, each of which waits for the device
+COLUMNS = "step", "epoch", "seconds", "images", "loss_d", "loss_g", "d_real", "d_fake"
 
 def pick_device(args):
-    """(device, precision, why) for --device and --precision; UserError for one that cannot be used."""
-    have = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    kind = next(kind for kind in have if have[kind]) if args.device == "auto" else args.device
-    why, version = "as asked" if args.device == kind else "the first here of cuda, mps and cpu", torch.__version__
-    if not have[kind]:
-        raise UserError(f"torch {version} finds no {kind} device: try --device cpu")
+    """(device, precision) by the flags; where they are auto, the fastest that this machine has."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(best if args.device == "auto" else args.device)
     try:
-        if kind == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-            torch.ones(8, device=kind).mul(2).tolist()  # a GPU that this torch has no kernels for fails only here
-    except RuntimeError as error:
-        why = f"torch {version} has no kernels for this GPU ({one_line(error)})"
-        if args.device == kind:
-            raise UserError(f"{why}: try --device cpu") from None
-        kind = "cpu"
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = set(cpuinfo.read_text().split()) if kind == "cpu" and cpuinfo.exists() else set()
-    bf16 = "amx_bf16" in flags or {"avx512_bf16", "AuthenticAMD"} <= flags  # Intel's without AMX is slower than fp32
-    bf16 = bf16 or kind == "cuda" and torch.cuda.get_device_capability()[0] >= 8
-    best = "bf16" if bf16 else "fp16" if kind == "cuda" else "fp32"  # the fastest that the hardware has
-    device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
-    if args.precision != "auto":
-        return device, args.precision, why
-    return device, best, f"{why}; {best} is the fastest that it is known to have in hardware"
-
-def start_processes(device):
-    """(rank, world): (0, 1), or this process's place among those that torchrun started."""
-    if "RANK" in os.environ and not dist.is_initialized():  # the others wait while rank 0 packs the pictures
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=3))
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-def build(args, device, precision):
-    """All that a step changes, on the device: networks, average, optimisers, sums of the metrics."""
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.benchmark = True
-    G, D = (net.to(device, memory_format=torch.channels_last) for net in make_networks(args))
-    ema = copy.deepcopy(G).eval().requires_grad_(False)
-    floats = [[t for t in net.state_dict().values() if t.is_floating_point()] for net in (ema, G)]
-    adam = dict(betas=(args.beta1, args.beta2), fused=device.type != "mps", capturable=device.type == "cuda")
-    opt_g, opt_d = (Optimiser(net.parameters(), lr, **adam) for net, lr in ((G, args.lr), (D, args.d_lr)))
-    dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(precision)
-    autocast = functools.partial(torch.autocast, device.type, dtype or torch.bfloat16, enabled=bool(dtype))
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    last, sums, pairs = (*torch.zeros(2, len(METRICS), device=device), list(zip(*floats)))
-    if not args.ema:  # the average is the generator itself: the same tensors, and nothing to move
-        ema.load_state_dict(G.state_dict(), assign=True)
-        pairs = []
-    return argparse.Namespace(**{name: value for name, value in locals().items() if name not in ("args", "floats")})
+        if device.type == "cuda": torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.ones(8, device=device).mul(2).tolist()  # a GPU that this torch has no kernels for fails here
+    except Exception as error:
+        fail(f"torch {torch.__version__} cannot use {device}: try --device cpu ({error})")
+    cpu = set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").exists() else set()
+    fast = "bf16" if "amx_bf16" in cpu or {"avx512_bf16", "AuthenticAMD"} <= cpu else "fp32"
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())  # a graph cannot be captured on the default one
+        fast = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    return device, fast if args.precision == "auto" else args.precision
 
 def optimise(nets, loss, optimiser):
     """Back-propagate `loss`, average the gradients over the processes, take a step."""
     optimiser.zero_grad(set_to_none=True)
     nets.scaler.scale(loss).backward()
-    if dist.is_initialized():  # all in one message
-        gradients = [parameter.grad for parameter in optimiser.param_groups[0]["params"]]
-        flat = torch.cat([gradient.flatten() for gradient in gradients]).div_(dist.get_world_size())
-        dist.all_reduce(flat)
-        for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
-            gradient.copy_(mean.view_as(gradient))
+    for parameter in optimiser.param_groups[0]["params"] if dist.is_initialized() else ():
+        dist.all_reduce(parameter.grad.div_(dist.get_world_size()))
     nets.scaler.step(optimiser)
 
-def finish_step(nets, weight):
-    """Move the averaged generator, batch norm's statistics too, by `weight`; add up the metrics."""
-    nets.scaler.update()
-    nets.sums.add_(nets.last)
-    for average, value in nets.pairs:
-        average.lerp_(value, weight)
-
-def captured(step, wanted):
-    """step(inputs, variant); if wanted, a CUDA graph for each variant, made at its fourth call and then replayed."""
-    if not wanted:
-        return step
-    stream, static, graphs, calls = torch.cuda.Stream(), [], {}, Counter()
-
-    def run(inputs, variant):
-        static.extend([] if static else [tensor.clone() for tensor in inputs])
-        for mine, new in zip(static, inputs):
-            mine.copy_(new)
-        calls[variant] += 1
-        stream.wait_stream(torch.cuda.current_stream())
-        if calls[variant] == 4:
-            graphs[variant] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graphs[variant], stream=stream, capture_error_mode="thread_local"):
-                step(static, variant)
-        with torch.cuda.stream(stream):
-            graphs[variant].replay() if variant in graphs else step(static, variant)
-        torch.cuda.current_stream().wait_stream(stream)
-    return run
-
-def draws(args, step, device, rank, world):
-    """This rank's share of a step's random numbers, z N,Z and uniform N,8, and the average's weight, 0-d.
-
-    They follow from seed and step alone: no state to save, and two ranks draw what one with twice the batch would.
-    """
-    seed, n = args.seed * 1_000_003 + step, args.batch_size
-    # For what networks draw themselves, as dropout does; ranks differ in the low 32 bits, the only ones a CPU looks at.
-    # Of this device alone: torch.manual_seed also notes down a call, and who made it, for each kind that is not there.
-    own = torch.default_generator if device.type == "cpu" else getattr(torch, device.type)
-    own.manual_seed((seed + (rank + 1) * 2_654_435_769) % 2**63)
-    generator = torch.Generator(device).manual_seed(seed)
-    z = torch.randn(n * world, Z, generator=generator, device=device)[n * rank : n * (rank + 1)]
-    uniform = torch.rand(n * world, 8, generator=generator, device=device)[n * rank : n * (rank + 1)]
-    decay = min(args.ema, 0.5 ** (10 / step))  # its half-life is at most a tenth of the steps so far
-    return z, uniform, torch.full((), 1 - decay, device=device)
-
-def read_metrics(nets, step, caught, world):
-    """(the means since the last reading by name, whether a signal was caught), over all processes."""
-    sums = torch.cat([nets.sums / ((step - 1) % LOG_EVERY + 1), nets.sums.new_full((1,), len(caught))]) / world
+def train(args, saved):
+    """Train from the start, or from the checkpoint `saved`, into the run folder --out."""
+    (device, precision), out, saved_at = pick_device(args), Path(args.out), time.monotonic()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
+    if (out / "checkpoint.pt").exists() and not saved:
+        fail(f"{out} holds an earlier run: --resume goes on with it, --out FOLDER begins another")
+    # Pictures
     if world > 1:
-        dist.all_reduce(sums)
-    if step % LOG_EVERY == 0:
-        nets.sums.zero_()
-    *means, signals = sums.tolist()
-    return dict(zip(METRICS, means)), signals > 0
-
-def views(args, pictures):
-    """Pictures, uint8 N,H,W,C, as the discriminator is shown them, N,C,H,W: augmented, in ways that --seed sets."""
-    uniform = torch.rand(len(pictures), 8, generator=torch.Generator().manual_seed(args.seed))
-    x = to_float(torch.from_numpy(pictures), uniform, False)
-    return augment(x, uniform) if args.augment == "on" and len(x) else x
-
-@torch.no_grad()
-def verdicts(nets, seen, held_out):
-    """D(x) of pictures trained on and held out, each a tuple of N,C,H,W and, where there are any, labels.
-
-    Batch norm is as in training, its statistics left alone.
-    """
-    buffers = {name: buffer.clone() for name, buffer in nets.D.named_buffers()}
-    with nets.autocast():
-        verdict = [torch.func.functional_call(nets.D, buffers, inputs) for inputs in (seen, held_out)]
-    return {name: probability(x.float()).mean().item() for name, x in zip(("d_seen", "d_held_out"), verdict)}
-
-def worries(rows, fake, real):
-    """Lines on what has gone wrong, from the rows of metrics.csv and samples (uint8 N,C,H,W) made and real."""
-    late = {name: np.array([row[name] for row in rows[-20:]], float) for name in rows[0]} if len(rows) >= 20 else {}
-    ahead = late["d_real"] - late["d_fake"] if late else np.full(1, np.nan)
-    if (ahead > 0.95).all():
-        yield "the discriminator has won for 200 steps: a lower --d-lr may help, or --augment on for a small set"
-    if ahead.mean() < 0.002:
-        yield "the discriminator has been no better than chance for 200 steps: a higher --d-lr may help"
-    if "d_held_out" in late and (late["d_seen"] - late["d_held_out"]).mean() > MEMORISED:
-        yield (f"the discriminator begins to memorise: over 200 steps D(x) is {late['d_seen'].mean():.2f} for pictures "
-               f"trained on, {late['d_held_out'].mean():.2f} for others; more pictures help, --augment on, or to stop")
-    if len(rows) >= 50 and (near := apart(fake)) < REPEATED * (usual := apart(real)):
-        yield (f"the samples repeat themselves: two neighbours among them are {near / usual:.2f} times as "
-               "far apart as among real pictures; a lower --lr may help, or --augment on for a small set")
-
-def train(args, saved=None):
-    """Train as the arguments say, from the start or from the checkpoint `saved`, into the run folder."""
-    (device, precision, why), out = pick_device(args), Path(args.out)
-    if args.resume and not saved:
-        print(f"{out / 'checkpoint.pt'} is not there yet: starting from the beginning")
-    fused = use_gan_ops(device, not args.no_fused)
-    rank, world = start_processes(device)
-    pack = load_pack(args) if rank == 0 else None
-    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=3))
+        if rank == 0: load_pack(args)  # the other processes wait until this one has packed them
         dist.barrier()
-    pack = load_pack(args) if pack is None else pack
-    kept, held_out = hold_out(args, len(pack))
-    images = args.batch_size * world  # a step
-    steps = len(kept) // images  # an epoch
-    if steps == 0:
-        held = f", of which {len(held_out)} are held out" if len(held_out) else ""
-        raise UserError(f"a batch of {images} is more than the {len(pack)} pictures{held}: take a smaller --batch-size")
-    labels = settle(args, pack, steps)
-    nets = build(args, device, precision)
-    start, seconds, rows = restore(args, nets, saved) if saved else (0, 0.0, [])
-    last = min((args.epochs or sys.maxsize) * steps, args.steps or sys.maxsize)
-    about = dict(pictures=len(pack), held_out=len(held_out), augment=args.augment, flip=args.flip, processes=world,
-                 device=str(device), precision=precision, why=why, gan_ops=fused)
+    pack, names = load_pack(args)
+    images = args.batch_size * world  # of a step
+    steps = len(pack) // images  # of an epoch
+    used = dict(pictures=len(pack), processes=world, device=str(device), precision=precision,
+                gan_ops="does not serve: --no-fused" if args.no_fused else GAN_OPS)
+    if steps == 0: fail(f"{len(pack)} pictures are too few for a batch of {images}: a smaller --batch-size")
+    for name in ("pictures", "processes") if saved else ():
+        was = saved["config"]["used"][name]
+        if was != used[name]: fail(f"{out} had {was} {name}, now there are {used[name]}: take another --out")
+    arrays = [pack, *settle(args, pack, names)]
+    last = min(filter(None, (args.steps, (args.epochs or 0) * steps)), default=max(20 * steps, 5000))
+    # Networks, average, optimisers
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.benchmark = True
+    G, D = (net.to(device, memory_format=torch.channels_last) for net in make_networks(args))
+    for module in itertools.chain(G.modules(), D.modules()):
+        module.fused = device.type in FUSED and not args.no_fused
+    adam = dict(betas=args.betas, fused=device.type != "mps", capturable=device.type == "cuda")
+    opt_g, opt_d = (Optimiser(net.parameters(), lr, **adam) for net, lr in ((G, args.lr), (D, args.d_lr)))
+    parts = dict(G=G, D=D, ema=copy.deepcopy(G).eval().requires_grad_(False), opt_g=opt_g, opt_d=opt_d,
+                 scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"))
+    nets, half = argparse.Namespace(**parts), torch.float16 if precision == "fp16" else torch.bfloat16
+    nets.autocast = functools.partial(torch.autocast, device.type, half, precision != "fp32")
+    sums, rows, start, began = torch.zeros(4, device=device), [], 0, time.monotonic()  # sums of COLUMNS[4:]
+    if saved:
+        for name, part in parts.items(): part.load_state_dict(saved[name])
+        for optimiser in opt_g, opt_d: optimiser.param_groups[0].update(adam)  # as this device wants them
+        sums.copy_(saved["sums"])
+        start, rows = saved["step"], [row for row in saved["rows"].tolist() if row[0] % LOG_EVERY == 0]
+        began -= saved["rows"][-1, 2].item()
+
+    def iterate(at, uniform, z, real, *labels):  # a step, its metrics and the average
+        real = real.permute(0, 3, 1, 2).float() / 127.5 - 1  # N,C,H,W, channels_last
+        if args.flip: real = torch.where(uniform[:, :1, None, None] < 0.5, real.flip(3), real)
+        view = functools.partial(augment, uniform=uniform[:, 1:]) if args.augment else nn.Identity()
+        loss_d, loss_g, *logits = train_step(nets, args, view, view(real), z, *labels)
+        nets.scaler.update()
+        sums.add_(torch.stack([loss_d, loss_g, *(logit.sigmoid().mean() for logit in logits)]).detach())
+        weight = 1 - torch.clamp(0.5 ** (10 / at), max=args.ema)  # a half-life of a tenth of the steps so far
+        for average, value in zip(nets.ema.state_dict().values(), G.state_dict().values()):
+            if value.is_floating_point(): average.lerp_(value, weight)  # batch norm's statistics too
+    # Run folder
     if rank == 0:
-        print(*(f"{name} {value}" for name, value in about.items()), f"into {out}", sep="; ", flush=True)
-        about.update(torch=torch.__version__, python=sys.version, numpy=np.__version__)
-        log = open_run(args, dict(vars(args), used=about), saved)
-    if rank == 0 and not saved:
-        save_run(args, nets, rows, 0, 0.0)
-    run_step = captured(functools.partial(train_step, nets, args), device.type == "cuda" and precision != "fp16")
-    source, saved_at = batches(pack, kept, args, device, rank, world, start, labels), time.monotonic()
-    began = saved_at - seconds
-    fixed = torch.randn(SAMPLES, Z, generator=torch.Generator().manual_seed(args.seed))
-    fixed = torch.cat([condition(args, SAMPLES), fixed], 1).to(device)
-    watched = [which[: min(64, len(held_out))] for which in (kept, held_out)]
-    watched = [(views(args, pack[which.numpy()]).to(device), *(label[which].to(device) for label in labels))
-               for which in watched]
-    real, warned, caught = torch.from_numpy(pack[kept[:SAMPLES].numpy()]).permute(0, 3, 1, 2), set(), []
-    handlers = {n: signal.signal(n, lambda n, frame: caught.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
-    bar = tqdm(total=last * images, initial=start * images, unit="img", unit_scale=True, disable=rank > 0)
-    try:
-        for step in range(start + 1, last + 1):
-            run_step((*next(source), *draws(args, step, device, rank, world)), step % args.d_every == 0)
-            bar.update(images)
-            epoch, seconds, stop = -(-step // steps), time.monotonic() - began, bool(caught) and world == 1
-            if step % LOG_EVERY == 0 or step == last or stop:
-                values, stop = read_metrics(nets, step, caught, world)
-                values.update(verdicts(nets, *watched) if len(held_out) else {})
-                row = step, epoch, round(seconds, 2), step * images, *(f"{value:.6g}" for value in values.values())
-                rows.append(dict(zip((*COLUMNS, *list(values)[len(METRICS):]), map(str, row))))
-                bar.set_postfix(epoch=epoch, loss_d=f"{values['loss_d']:.3f}", loss_g=f"{values['loss_g']:.3f}")
-                if rank == 0:
-                    log(step, values)
-                if not all(map(math.isfinite, values.values())):
-                    save_metrics(out, rows) if rank == 0 else None
-                    raise UserError(f"the loss at step {step} is not finite; {out}/checkpoint.pt is from before: try "
-                                    "--resume with --precision fp32, or a new run with a lower --lr")
-            if rank == 0 and (step % steps == 0 or step == last):
-                fake = sample(nets.ema, fixed)
-                write(out / "samples" / f"epoch_{epoch:04d}.png", to_grid(fake).save)
-                log(step, {}, to_grid(fake))
-                for worry in set(worries(rows, fake, real)) - warned:
-                    warned.add(worry)
-                    bar.write(f"warning: {worry}")
-            due = step % LOG_EVERY == 0 and time.monotonic() - saved_at > 60 * args.save_every  # and known to be finite
-            if rank == 0 and (due or stop or step == last):
-                save_run(args, nets, rows, step, seconds)
-                saved_at = time.monotonic()
-            if stop:
-                break
-    finally:
-        bar.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    if rank == 0 and rows:
-        draw_run(out, rows, real, sample(nets.ema, fixed))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        print(*(f"{name} {value}" for name, value in used.items()), f"into {out}", sep="; ", flush=True)
+        args.used = dict(used, torch=str(torch.__version__), python=sys.version)
+        write(out / "config.json", lambda part: part.write_text(json.dumps(vars(args), indent=2)))
+        if args.logger == "wandb":  # which takes all that TensorBoard's writer is given
+            import wandb
+            wandb.init(project=SCRIPT, id=args.id, resume="allow", config=vars(args), sync_tensorboard=True)
+        if args.logger:
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(out / "tensorboard")
+    # Steps
+    own = torch.default_generator if device.type == "cpu" else getattr(torch, device.type)  # random numbers
+    real = torch.from_numpy(pack[np.linspace(0, len(pack) - 1, PER_ROW**2).astype(int)]).permute(0, 3, 1, 2)
+    source, fixed = batches(arrays, args, device, rank, world, start), draw_z(args, PER_ROW**2)
+    graph, warned, caught, stop = None, set(), [], False
+    for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():  # others get none
+        signal.signal(number, lambda number, frame: caught.append(number))
+    for step in (bar := tqdm(range(start + 1, last + 1), SCRIPT, last, initial=start, disable=rank > 0)):
+        own.manual_seed(args.seed * 1_000_003 + step)  # what is drawn follows from seed and step
+        z, uniform = torch.randn(images, Z, device=device), torch.rand(images, 8, device=device)
+        inputs = [torch.full((), step, device=device), uniform.chunk(world)[rank], z.chunk(world)[rank]]
+        inputs += next(source)
+        if device.type == "cuda" and precision != "fp16" and step == start + 4:  # three to warm up
+            graph, static = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in inputs]
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()): iterate(*static)
+        for mine, new in zip(static, inputs) if graph else (): mine.copy_(new)
+        graph.replay() if graph else iterate(*inputs)
+        epoch, since = math.ceil(step / steps), (step - 1) % LOG_EVERY + 1
+        if since == LOG_EVERY or step == last or (caught and world == 1):
+            values = torch.cat([sums / since, sums.new_tensor([len(caught)])]) / world
+            if world > 1: dist.all_reduce(values)
+            *values, stop = values.tolist()
+            if not all(map(math.isfinite, values)):
+                fail(f"the loss at step {step} is not finite: try --resume --precision fp32, or a lower --lr")
+            rows.append([step, epoch, round(time.monotonic() - began, 2), step * images, *values])
+            bar.set_postfix(epoch=epoch, loss_d=values[0], loss_g=values[1])
+            for name, value in zip(COLUMNS[4:], values) if args.logger and rank == 0 else ():
+                writer.add_scalar(name, value, step)
+            if since == LOG_EVERY: sums.zero_()
+        if rank == 0 and (step % steps == 0 or step == last or stop):
+            fake = sample(nets.ema, fixed)
+            write(out / "samples" / f"epoch_{epoch:04d}.png", to_grid(fake).save)
+            for worry in set(worries(rows, fake, real)) - warned:
+                warned.add(worry)
+                bar.write(f"warning: {worry}")
+        due = since == LOG_EVERY and time.monotonic() - saved_at > 60 * args.save_every  # known finite
+        if rank == 0 and (due or stop or step == last):
+            states, saved_at = {name: part.state_dict() for name, part in parts.items()}, time.monotonic()
+            models = dict(Generator=states["ema"], Discriminator=states["D"], config=vars(args))
+            run = dict(models, **states, step=step, sums=sums, rows=torch.tensor(rows, dtype=torch.float64))
+            np.savetxt(out / "metrics.csv", rows, "%.10g", ",", header=",".join(COLUMNS), comments="")
+            for name, content in ("checkpoint.pt", run), ("models.pth", models):
+                write(out / name, functools.partial(torch.save, content))
+        if stop: break
+    if world > 1: dist.destroy_process_group()
+    if rank == 0 and start < last: draw_run(out, rows, real, fake)
+    if start >= last: print(f"{out} has had its {last} steps: a larger --steps or --epochs goes on")
     if caught:
-        print(f"stopped at step {step} and saved; this goes on: python {SCRIPT}.py --resume --out {out}")
+        print(f"stopped at step {step} and saved; to go on: python {SCRIPT}.py --resume --out {out}")
         raise SystemExit(128 + caught[0])
 # --- end shared ---
 
-# %% What a checkpoint is good for
-# --- shared: uses ---
-def sampled(args, saved, count):
-    """Yield `count` pictures, uint8 N,C,H,W, by the averaged generator of a checkpoint; they follow from --seed."""
-    (device, _, _), asked = pick_device(args), condition(args, count)
-    generator, numbers = load_generator(args, saved).to(device), torch.Generator().manual_seed(args.seed)
-    for start in tqdm(range(0, count, 64), desc="sampling", unit="x 64 pictures"):
-        z = torch.randn(64, Z, generator=numbers)[: count - start]
-        yield sample(generator, torch.cat([asked[start : start + 64], z], 1).to(device))
-
-def load_generator(args, saved):
-    """The averaged generator of a checkpoint, in evaluation mode."""
-    generator = make_networks(args)[0]
-    generator.load_state_dict(saved["Generator"])
-    return generator.eval().requires_grad_(False)
-
-def generate(args, saved):
-    """--generate: pictures into a .npz, a .png grid or a folder; all but the grid in constant memory.
-
-    Where the model has classes, the .npz has labels, and the folder one for each class, as --data takes them.
-    """
-    path, asked, pictures = Path(args.save), condition(args, args.generate), sampled(args, saved, args.generate)
-    labels = asked.argmax(1).tolist() if asked.shape[1] else None
-
-    def npz(part):
-        with zipfile.ZipFile(part, "w") as archive:
-            with archive.open("images.npy", "w", force_zip64=True) as file:
-                shape = (args.generate, args.size, args.size, *[3] * (args.channels == 3))
-                np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=shape))
-                for batch in pictures:
-                    file.write(batch.permute(0, 2, 3, 1).contiguous().numpy())
-            if labels:
-                with archive.open("labels.npy", "w", force_zip64=True) as file:
-                    np.save(file, np.array(labels, np.int64))
-
-    if path.suffix == ".npz":
-        write(path, npz)
-    elif path.suffix == ".png":
-        write(path, to_grid(torch.cat(list(pictures)), math.ceil(args.generate**0.5)).save)
-    else:
-        for i, image in enumerate(itertools.chain.from_iterable(pictures)):
-            folder = path / args.names[labels[i]] if labels else path
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(folder / f"{i:06d}.png")
-    print(f"{args.generate} pictures: {path}")
-
-def measure(args, saved):
-    """--metrics: FID, KID and Inception score of as many generated pictures as --data has, 10,000 at most."""
-    pack, device = load_pack(args), pick_device(args)[0]
-    count = min(len(pack), 10_000)
-    if count < 2:
-        raise UserError("--metrics needs two pictures in --data, and better ten thousand")
-    try:
-        from torchmetrics.image import FrechetInceptionDistance, InceptionScore, KernelInceptionDistance
-        fid, score = FrechetInceptionDistance().to(device), InceptionScore().to(device)
-        kid = KernelInceptionDistance(subset_size=min(count, 1000)).to(device)
-    except (ImportError, OSError) as error:  # the package, or the network that its weights come by
-        raise UserError(f"--metrics: {one_line(error)}; it needs pip install torchmetrics[image] and, once, "
-                        "a network to fetch Inception's weights") from None
-    pack = torch.from_numpy(pack[np.arange(count) * len(pack) // count])  # as packs may lie in order of class
-    for real, fake in zip(pack.permute(0, 3, 1, 2).split(64), sampled(args, saved, count)):
-        real, fake = (images.expand(-1, 3, -1, -1).to(device) for images in (real, fake))
-        score.update(fake)
-        for metric in (fid, kid):
-            metric.update(real, real=True)
-            metric.update(fake, real=False)
-    values = fid.compute(), *kid.compute(), *score.compute()
-    print("{} pictures: FID {:.2f}, KID {:.4f} +- {:.4f}, Inception score {:.2f} +- {:.2f}".format(count, *values))
-
-def export(args, saved):
-    """--export: the generator as ONNX, z (N,K+Z, of which K is the condition) to images (N,C,H,W).
-
-    It is compared with torch where onnxruntime is there.
-    """
-    use_gan_ops(torch.device("cpu"), False)  # ONNX knows PyTorch's own operations alone
-    z = torch.cat([condition(args, 2), torch.randn(2, Z)], 1)
-    generator, path = load_generator(args, saved), Path(args.export)
-    names = dict(input_names=["z"], output_names=["images"], dynamic_axes=dict(z={0: "n"}, images={0: "n"}))
-    try:
-        write(path, lambda part: torch.onnx.export(generator, (z,), str(part), dynamo=False, **names))
-    except ImportError as error:
-        raise UserError(f"--export: {one_line(error)}; it needs pip install onnx") from None
-    try:
-        import onnxruntime
-        (theirs,) = onnxruntime.InferenceSession(path).run(None, {"z": z.numpy()})
-        print(f"{path}: differs from torch by {np.abs(theirs - generator(z).numpy()).max():.1e} at most")
-    except ImportError:
-        print(f"{path}: written; onnxruntime is not installed, so it is not compared with torch")
-
-USES = dict(generate=generate, metrics=measure, export=export, train=train)  # by the flag, train without any
-# --- end shared ---
-
-# %% The report
-# --- shared: classifier ---
-class Classifier(nn.Module):
-    """Pictures (N,1,28,28) in [-1, 1] to logits of their classes (N,classes), by way of `features` (N,128)."""
-    def __init__(self, classes):
-        super().__init__()
-        layers = []
-        for c_in, c_out, stride in ((1, 16, 2), (16, 32, 1), (32, 64, 2), (64, 128, 2)):
-            layers += nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), BatchNormLeakyReLU(c_out, slope=0.0)
-        self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.logits = nn.Linear(128, classes)
-
-    def forward(self, x):
-        return self.logits(self.features(x))
-
-@torch.no_grad()
-def read(classifier, pictures):
-    """(features, float64 N,128; classes read, int64 N), on the CPU, of pictures, uint8 N,1,H,W."""
-    device, features = next(classifier.parameters()).device, []
-    for batch in pictures.split(500):
-        batch = batch.to(device, memory_format=torch.channels_last).float() / 127.5 - 1
-        features.append(classifier.features(batch))
-    features = torch.cat(features)
-    return features.double().cpu(), classifier.logits(features).argmax(1).cpu()
-
-def frechet(a, b):
-    """The Fréchet distance between normal distributions fitted to features, N,D and M,D (Heusel et al. 2017)."""
-    of_a, of_b = a.T.cov(), b.T.cov()
-    roots = torch.linalg.eigvals(of_a @ of_b).real.clamp(min=0).sqrt()  # the trace of the product's square root
-    return ((a.mean(0) - b.mean(0)).square().sum() + of_a.trace() + of_b.trace() - 2 * roots.sum()).item()
-
-def train_classifier(pictures, labels, classes, device):
-    """A Classifier of pictures, uint8 N,1,H,W: four times through them, but 600 steps of 128 at least.
-
-    Each batch is shifted by up to two pixels each way, over its darkest value, so that it reads more than it saw.
-    """
-    torch.manual_seed(0)
-    net = Classifier(classes).to(device, memory_format=torch.channels_last)
-    batch = min(128, len(pictures))
-    epochs = max(4, math.ceil(600 * batch / len(pictures)))
-    optimiser = torch.optim.Adam(net.parameters(), fused=device.type != "mps")
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, epochs * (len(pictures) // batch))
-    for _ in tqdm(range(epochs), desc="training the classifier", unit="epoch"):
-        for which in torch.randperm(len(pictures)).split(batch)[: len(pictures) // batch]:
-            x = pictures[which].to(device, memory_format=torch.channels_last).float() / 127.5 - 1
-            right, down = torch.randint(5, (2,)).tolist()
-            x = F.pad(x, (right, 4 - right, down, 4 - down), value=-1.0)[:, :, 2:-2, 2:-2]
-            loss = F.cross_entropy(net(x), labels[which].to(device), label_smoothing=0.05)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            rate.step()
-    return net.eval()
-
-def real_pictures(args):
-    """(pictures uint8 N,1,H,W, labels), of --data and to test on: the set's own test pictures, or those held out."""
-    pack, labels = torch.from_numpy(load_pack(args)).permute(0, 3, 1, 2), load_labels(args)
-    if args.held_out:
-        return [(pack[which], labels[which]) for which in hold_out(args, len(pack))]
-    if not {*args.data} <= {*DIGITS, "synthetic"}:
-        raise UserError("a report needs pictures to test on: train with --held-out 0.1")
-    test = argparse.Namespace(**{**vars(args), "data": [f"{data}-test" for data in args.data]})
-    return (pack, labels), (torch.from_numpy(load_pack(test)).permute(0, 3, 1, 2), load_labels(test))
-
-def load_evaluator(args, device):
-    """(classifier, its accuracy on test pictures, their features and labels, the floor of the Fréchet distance).
-
-    The classifier is trained on --data at first and kept beside the pack.
-    """
-    (pictures, labels), (test, test_labels) = real_pictures(args)
-    if len(test) < 2:
-        raise UserError(f"a report needs two pictures to test on, and {len(test)} are held out: a larger --held-out")
-    part = f"-{args.held_out}-{args.seed}" if args.held_out else ""
-    path = find_pack(args)[0].with_suffix(f".classifier{part}.pth")
-    classifier = Classifier(len(args.names)).to(device, memory_format=torch.channels_last).eval()
-    try:
-        classifier.load_state_dict(torch.load(path, map_location=device, weights_only=True))
-    except Exception:  # it is not there yet, is cut short, or is of another version of this script
-        classifier = train_classifier(pictures, labels, len(args.names), device)
-        save_tensors(path, classifier.state_dict())
-    features, classes = read(classifier, test)
-    accuracy = (classes == test_labels).double().mean().item()
-    return classifier, accuracy, features, test_labels, frechet(read(classifier, pictures)[0], features)
-
-def report(args, saved):
-    """--report: what a classifier reads in 10,000 pictures, by class, and their Fréchet distance; as a dict.
-
-    Where the model is told the class, it is asked for those that the test pictures have, so that both have each class
-    as often. A class with less than a tenth of its share of the test pictures has vanished, which earns a warning.
-    """
-    device = pick_device(args)[0]
-    use_gan_ops(device, not args.no_fused)
-    trained = argparse.Namespace(**{**vars(args), "seed": saved["config"]["seed"]})  # which chose what is held out
-    classifier, accuracy, features, labels, floor = load_evaluator(trained, device)
-    labels, told = labels[torch.arange(10_000) * len(labels) // 10_000], condition(args, 1).shape[1] > 0
-    asked = argparse.Namespace(**{**vars(args), "labels": labels.tolist() if told else None})
-    made, classes = read(classifier, torch.cat(list(sampled(asked, saved, len(labels)))))
-    right = (classes == labels).double()
-    figures = dict(classifier_accuracy=accuracy, frechet=frechet(made, features), frechet_floor=floor, by_class={})
-    print(f"10,000 pictures, read by a classifier that is right on {accuracy:.2%} of real test pictures")
-    for i, name in enumerate(trained.names):
-        row = dict(share=(classes == i).double().mean().item(), real_share=(labels == i).double().mean().item())
-        row.update(read_as_asked=right[labels == i].mean().item()) if told else None
-        figures["by_class"][name] = row
-        as_asked = f"; {row['read_as_asked']:7.2%} read as asked" if told else ""
-        print(f"  {name:>12}  {row['share']:6.2%} of the pictures{as_asked}")
-    figures.update(read_as_asked=right.mean().item()) if told else None
-    figures["vanished"] = [name for name, row in figures["by_class"].items() if row["share"] < row["real_share"] / 10]
-    if told:
-        print(f"{figures['read_as_asked']:.2%} of all are read as asked")
-    print(f"Fréchet distance {figures['frechet']:.4f} to the test pictures, where the real ones trained on have "
-          f"{floor:.4f}", flush=True)
-    if figures["vanished"]:
-        print(f"warning: {len(figures['vanished'])} of {len(trained.names)} classes vanished, "
-              f"{', '.join(figures['vanished'])}: the generator has collapsed; a lower --lr may help")
-    return figures
-
-def train_and_report(args, saved=None):
-    """Train; then the report into report.json and, where the model is told the class, one_noise.png.
-
-    In one_noise.png each row has the same noise, through all classes.
-    """
-    train(args, saved)
-    if os.environ.get("RANK", "0") != "0":
-        return
-    out, classes = Path(args.out), condition(args, 1).shape[1]
-    models = load_weights(out / "models.pth")
-    if classes:
-        z = torch.randn(8, Z, generator=torch.Generator().manual_seed(args.seed)).repeat_interleave(classes, 0)
-        pictures = sample(load_generator(args, models), torch.cat([torch.eye(classes).repeat(8, 1), z], 1))
-        write(out / "one_noise.png", to_grid(pictures, classes).save)
-    if args.report is False:
-        return
-    try:
-        figures = report(args, models)
-    except UserError as error:
-        print(f"no report: {error}")
-    else:
-        write(out / "report.json", lambda part: part.write_text(json.dumps(figures, indent=2) + "\n"))
-
-USES.update(train=train_and_report, report=report)
-# --- end shared ---
-
 # %% Command line
-def make_parser():
-    """The command line: this script's own flags, then those of all four."""
-    parser = Parser(prog=f"{SCRIPT}.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    parser.set_defaults(size=SIZE, channels=1, names=[])
-    add("--width", type=number(1), default=WIDTH, help=f"channels beside the picture, others in proportion ({WIDTH})")
-    add("--blocks", type=number(0), default=1, help="residual blocks of the generator (1)")
+def parse(argv):
+    """(flags, checkpoint or None): a flag that is given wins over the checkpoint's, over the recipe's."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.error, add, switch = fail, parser.add_argument, argparse.BooleanOptionalAction
+    add("--width", type=int, default=16, help="channels beside the picture, all others in proportion (16)")
+    add("--blocks", type=int, default=1, help="residual blocks of the generator (1)")
     add("--labels", help="with --generate: the classes wanted, by number or name, as 3,7 (all)")
-    add("--report", action=argparse.BooleanOptionalAction, help="how well a classifier reads what a checkpoint makes; "
-        "training ends with it unless --no-report")
-    # --- shared: flags ---
-    add("--data", nargs="+", default=[DATA], help="celeba, mnist, fashion, synthetic, folders or .zips of "
-        f"pictures ({DATA})")
-    add("--root", default="data", help="folder where named sets are looked for, and pictures kept decoded (data)")
+    add("--data", default="mnist", help="mnist, fashion, synthetic, a folder or .zip of folders (mnist)")
+    parser.set_defaults(recipe="projection", size=28, channels=1, names=None)
+    fixed = "width", "blocks"  # of a checkpoint
+    # --- shared: command line ---
+    add("--root", default="data", help="folder of the named sets and of decoded pictures (data)")
     add("--classes", nargs="+", default=[], help="only these subfolders of --data")
-    add("--epochs", type=number(1), help=f"ends the run, if --steps does not before (with neither: {END})")
-    add("--steps", type=number(1), help="ends the run, if --epochs does not before")
-    add("--batch-size", type=number(2), help=f"pictures a step, in each process ({by_recipe('batch_size')})")
-    add("--lr", type=number(0, float), help=f"Adam's learning rate for the generator ({by_recipe('lr')})")
-    add("--d-lr", type=number(0, float), help=f"and for the discriminator ({by_recipe('d_lr')})")
-    add("--beta1", type=number(0, float, 1), help=f"Adam's first beta ({by_recipe('beta1')})")
-    add("--beta2", type=number(0, float, 1), help=f"Adam's second beta ({by_recipe('beta2')})")
-    add("--d-every", type=number(1), default=1, help="train the discriminator at every k-th step only (1)")
-    add("--ema", type=number(0, float), help=f"decay a step of the averaged generator, 0 is none ({by_recipe('ema')})")
-    add("--augment", choices=("auto", "on", "none"), help=f"differentiable augmentation ({by_recipe('augment')})")
-    add("--flip", action=argparse.BooleanOptionalAction, help=f"mirror half of the pictures ({by_recipe('flip')})")
-    add("--held-out", type=number(0, float, 0.5), help="share of the pictures that is not trained on, to see whether "
-        f"the discriminator memorises the others ({by_recipe('held_out')})")
-    add("--seed", type=number(0), default=0, help="of all that is drawn by chance (0)")
+    add("--epochs", type=int, help="the end of a run (20, or the more that 5000 steps are)")
+    add("--steps", type=int, help="the same, in steps; whichever comes first")
+    add("--batch-size", type=int, default=64, help="pictures a step, in each process (64)")
+    add("--lr", type=float, help="Adam's learning rate for the generator (by recipe)")
+    add("--d-lr", type=float, help="and for the discriminator (by recipe)")
+    add("--betas", type=float, nargs=2, help="Adam's (by recipe)")
+    add("--ema", type=float, help="decay a step of the averaged generator, 0 is none (by recipe)")
+    add("--augment", action=switch, help="differentiable augmentation (for small sets)")
+    add("--flip", action=switch, help="mirror half of the pictures (by recipe)")
+    add("--seed", type=int, default=0, help="of all that is drawn by chance (0)")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="weights stay fp32")
     add("--no-fused", action="store_true", help="PyTorch's operations even where gan_ops is installed")
     add("--out", default=f"runs/{SCRIPT}", help=f"run folder (runs/{SCRIPT})")
-    add("--save-every", type=number(0, float), default=5.0, help="minutes between checkpoints (5)")
+    add("--save-every", type=float, default=5.0, help="minutes between checkpoints (5)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--logger", choices=("tensorboard", "wandb"), help="besides metrics.csv")
-    add("--checkpoint", help="checkpoint.pt or models.pth, for what follows")
-    add("--generate", type=number(1), metavar="N", help="make N pictures and put them into --save")
-    add("--save", default="generated.npz", help=".npz (images: uint8 N,H,W,3 or N,H,W), .png or folder (generated.npz)")
-    add("--metrics", action="store_true", help="FID, KID and Inception score against --data")
-    add("--export", metavar="FILE.onnx", help="the generator as ONNX")
-    # --- end shared ---
-    return parser
-
-# --- shared: command line ---
-FREE = {  # what may differ from the checkpoint's; the other flags must not
-    *"data root epochs steps device precision no_fused out save_every resume logger checkpoint save".split(),
-    "labels", *USES}
-
-def by_recipe(name):
-    """For --help: the default of a flag, in the first recipe and, where they differ, in the others."""
-    (_, first), *others = ((recipe, values[name]) for recipe, values in RECIPES.items())
-    return "; ".join([str(first), *(f"{recipe}: {value}" for recipe, value in others if value != first)])
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; --help lists all flags")
-
-def number(low, kind=int, high=2**43):
-    """A type for argparse: a number of this kind from `low` to `high`, by which seeds still count in 64 bits."""
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
-        return value
-    parse.__name__ = "number"
-    return parse
-
-def parse(argv):
-    """(arguments, checkpoint or None). A flag given wins over the checkpoint's, over the scheme's, over the default."""
-    parser = make_parser()
-    defaults, unset = vars(parser.parse_args([])), object()
-    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset))))
-    given = {name: value for name, value in given.items() if value is not unset}
-    args = argparse.Namespace(**{**defaults, **given})
-    needs_one = [name for name in USES if name not in ("per_class", "import_keras", "train")]
-    asked = [name for name in needs_one if getattr(args, name)]
-    if bool(asked) != bool(args.checkpoint):
-        which = " or ".join(f"--{name}" for name in asked or needs_one)
-        raise UserError(f"{which} and --checkpoint go together; to train on: --resume")
-    path = Path(args.out, "checkpoint.pt") if args.resume else args.checkpoint
-    saved = load_weights(path) if path and not (args.resume and not path.exists()) else None
-    kept = dict(saved["config"] if saved else recipe(args))
-    if saved:  # what auto came to stays
-        given = {name: value for name, value in given.items() if value != "auto" or name in FREE}
-    for name in given.keys() - FREE - {"resume" if args.resume else "seed"} if saved else ():
-        if given[name] != kept[name]:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{path} was trained with {flag} {kept[name]}, not {given[name]}: leave {flag} out")
-    if given.keys() & {"epochs", "steps"}:  # a new end in place of the old one, not besides it
-        kept.update(epochs=None, steps=None)
-    args = argparse.Namespace(**{**defaults, **{name: kept[name] for name in kept.keys() & defaults.keys()}, **given})
-    args.argv = list(argv)
+    add("--generate", type=int, metavar="N", help="make N pictures by --checkpoint")
+    add("--checkpoint", help="models.pth or checkpoint.pt (the one in --out)")
+    add("--save", default="generated.npz", help="of --generate: .npz, .png or folder (generated.npz)")
+    given, saved, kept = parser.parse_args(argv), None, {}
+    path = Path(given.checkpoint or f"{given.out}/checkpoint.pt")
+    if given.generate or (given.resume and path.exists()):
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            assert saved["config"]["script"] == SCRIPT, f"it is of {saved['config']['script']}.py"
+        except Exception as error:  # a missing, cut or foreign file fails in many ways
+            fail(f"{path} is no checkpoint of {SCRIPT}.py: {error}")
+        kept = dict(saved["config"], device="auto", precision="auto", generate=None)
+        if given.epochs or given.steps: kept.update(epochs=None, steps=None)  # a new end, no second one
+    parser.set_defaults(**dict(RECIPES[given.recipe], script=SCRIPT, id=f"{SCRIPT}-{time.time():.0f}") | kept)
+    args = parser.parse_args(argv)
+    if saved and any(kept[name] != getattr(args, name) for name in fixed):
+        fail(f"{path} is of another --{', --'.join(fixed)}: leave them out")
     return args, saved
 
 def main(argv=None):
     """Run the command line `argv`; in a notebook, where sys.argv is the kernel's, the defaults."""
-    if argv is None:
-        in_kernel = "ipykernel" in sys.modules and not sys.argv[0].endswith(f"{SCRIPT}.py")
-        argv = [] if in_kernel else sys.argv[1:]
+    args, saved = parse([] if argv is None and "kernel_launcher" in sys.argv[0] else argv)
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
-        args, saved = parse(argv)
-        use = next((name for name in USES if getattr(args, name, False)), "train")
-        return USES[use](args, saved)
-    except UserError as error:
-        message = error
-    except torch.cuda.OutOfMemoryError:
-        message = "the GPU's memory is too small: take a smaller --batch-size or --width"
-    except OSError as error:
-        message = f"{error.filename or 'a file'} cannot be read or written: {error.strerror or error}"
-    except KeyboardInterrupt:
-        message = "interrupted"
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+        generate(args, saved) if args.generate else train(args, saved)
+    except (Exception, KeyboardInterrupt) as error:
+        if "GAN_DEBUG" in os.environ: raise
+        fail(f"{type(error).__name__}: {error} (GAN_DEBUG=1 shows where)")
+    finally:
+        for number, handler in handlers.items():  # a notebook goes on
+            if signal.getsignal(number) is not handler: signal.signal(number, handler)
 
 if __name__ == "__main__":
     main()
