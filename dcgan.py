@@ -141,7 +141,7 @@ def draw_z(args, count):
 # --- shared: data and pictures ---
 def fail(message):
     """End with one line, for what the user can mend."""
-    print("error:", *str(message).split("\n")[:1], file=sys.stderr)
+    print("error:", *str(message).split("\n"), file=sys.stderr)
     raise SystemExit(2)
 
 def find_pictures(data, root):
@@ -277,10 +277,11 @@ def draw_run(out, rows, real, fake):
 
 def worries(rows, fake, real):
     """Lines on what has gone wrong, by the rows of metrics.csv and pictures (uint8 N,C,H,W) made and real."""
-    ahead = np.array(rows[-20:])[:, 6] - np.array(rows[-20:])[:, 7]  # D(x) - D(G(z)) over 200 steps
+    ahead = np.array([row[6] - row[7] for row in rows[-20:]])  # D(x) - D(G(z)) over 200 steps
     if len(rows) >= 20 and (ahead.min() > 0.95 or ahead.mean() < 0.002):
         state, other = ("won", "lower") if ahead.mean() > 0.5 else ("been no better than chance", "higher")
         yield f"the discriminator has {state} for 200 steps: a {other} --d-lr may help, or --augment"
+    if real.float().std() < 8: yield "the pictures of --data are nearly all of one colour, or black"
     flat = [F.adaptive_avg_pool2d(images.float(), 16).flatten(1) for images in (fake, real)]
     near = [torch.cdist(x, x).fill_diagonal_(math.inf).amin(1).median().item() for x in flat]
     if len(rows) >= 50 and near[0] < 0.4 * near[1]:  # the median distance to the nearest other picture
@@ -332,6 +333,7 @@ def optimise(nets, loss, optimiser):
     for parameter in optimiser.param_groups[0]["params"] if dist.is_initialized() else ():
         dist.all_reduce(parameter.grad.div_(dist.get_world_size()))
     nets.scaler.step(optimiser)
+    nets.scaler.update()
 
 def train(args, saved):
     """Train from the start, or from the checkpoint `saved`, into the run folder --out."""
@@ -347,12 +349,13 @@ def train(args, saved):
     pack, names = load_pack(args)
     images = args.batch_size * world  # of a step
     steps = len(pack) // images  # of an epoch
-    used = dict(pictures=len(pack), processes=world, device=str(device), precision=precision,
-                gan_ops="does not serve: --no-fused" if args.no_fused else GAN_OPS)
+    args.used = dict(pictures=len(pack), processes=world, device=str(device), precision=precision,
+                     torch=str(torch.__version__), python=sys.version.split()[0],
+                     gan_ops="does not serve: --no-fused" if args.no_fused else GAN_OPS)
     if steps == 0: fail(f"{len(pack)} pictures are too few for a batch of {images}: a smaller --batch-size")
     for name in ("pictures", "processes") if saved else ():
-        was = saved["config"]["used"][name]
-        if was != used[name]: fail(f"{out} had {was} {name}, now there are {used[name]}: take another --out")
+        was, now = saved["config"]["used"][name], args.used[name]
+        if was != now: fail(f"{out} had {was} {name}, now there are {now}: take another --out")
     arrays = [pack, *settle(args, pack, names)]
     last = min(filter(None, (args.steps, (args.epochs or 0) * steps)), default=max(20 * steps, 5000))
     # Networks, average, optimisers
@@ -370,32 +373,34 @@ def train(args, saved):
     sums, rows, start, began = torch.zeros(4, device=device), [], 0, time.monotonic()  # sums of COLUMNS[4:]
     if saved:
         for name, part in parts.items(): part.load_state_dict(saved[name])
-        for optimiser in opt_g, opt_d: optimiser.param_groups[0].update(adam)  # as this device wants them
+        for opt, lr in (opt_g, args.lr), (opt_d, args.d_lr): opt.param_groups[0].update(adam, lr=lr)
         sums.copy_(saved["sums"])
-        start, rows = saved["step"], [row for row in saved["rows"].tolist() if row[0] % LOG_EVERY == 0]
-        began -= saved["rows"][-1, 2].item()
+        start, began = saved["step"], began - saved["rows"][-1, 2].item()
+        rows = [row for row in saved["rows"].tolist() if row[0] % LOG_EVERY == 0 or start >= last]
 
     def iterate(at, uniform, z, real, *labels):  # a step, its metrics and the average
         real = real.permute(0, 3, 1, 2).float() / 127.5 - 1  # N,C,H,W, channels_last
         if args.flip: real = torch.where(uniform[:, :1, None, None] < 0.5, real.flip(3), real)
         view = functools.partial(augment, uniform=uniform[:, 1:]) if args.augment else nn.Identity()
         loss_d, loss_g, *logits = train_step(nets, args, view, view(real), z, *labels)
-        nets.scaler.update()
         sums.add_(torch.stack([loss_d, loss_g, *(logit.sigmoid().mean() for logit in logits)]).detach())
         weight = 1 - torch.clamp(0.5 ** (10 / at), max=args.ema)  # a half-life of a tenth of the steps so far
         for average, value in zip(nets.ema.state_dict().values(), G.state_dict().values()):
             if value.is_floating_point(): average.lerp_(value, weight)  # batch norm's statistics too
     # Run folder
     if rank == 0:
-        print(*(f"{name} {value}" for name, value in used.items()), f"into {out}", sep="; ", flush=True)
-        args.used = dict(used, torch=str(torch.__version__), python=sys.version)
+        print(*(f"{name} {value}" for name, value in args.used.items()), f"into {out}", sep="; ", flush=True)
+        try:
+            if args.logger == "wandb":  # which takes all that TensorBoard's writer is given
+                import wandb
+                wandb.init(project=SCRIPT, id=args.id, resume="allow", config=vars(args),
+                           sync_tensorboard=True)
+            if args.logger:
+                from torch.utils.tensorboard import SummaryWriter
+                writer = SummaryWriter(out / "tensorboard")
+        except Exception as error:  # not installed, no key, no network
+            fail(f"--logger {args.logger}: {error}")
         write(out / "config.json", lambda part: part.write_text(json.dumps(vars(args), indent=2)))
-        if args.logger == "wandb":  # which takes all that TensorBoard's writer is given
-            import wandb
-            wandb.init(project=SCRIPT, id=args.id, resume="allow", config=vars(args), sync_tensorboard=True)
-        if args.logger:
-            from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(out / "tensorboard")
     # Steps
     own = torch.default_generator if device.type == "cpu" else getattr(torch, device.type)  # random numbers
     real = torch.from_numpy(pack[np.linspace(0, len(pack) - 1, PER_ROW**2).astype(int)]).permute(0, 3, 1, 2)
@@ -404,8 +409,9 @@ def train(args, saved):
     for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():  # others get none
         signal.signal(number, lambda number, frame: caught.append(number))
     for step in (bar := tqdm(range(start + 1, last + 1), SCRIPT, last, initial=start, disable=rank > 0)):
-        own.manual_seed(args.seed * 1_000_003 + step)  # what is drawn follows from seed and step
+        own.manual_seed((args.seed * 1_000_003 + step) % 2**63)  # what is drawn follows from seed and step
         z, uniform = torch.randn(images, Z, device=device), torch.rand(images, 8, device=device)
+        if rank: own.manual_seed(own.initial_seed() + (rank << 40))  # the networks' own draws differ
         inputs = [torch.full((), step, device=device), uniform.chunk(world)[rank], z.chunk(world)[rank]]
         inputs += next(source)
         if device.type == "cuda" and precision != "fp16" and step == start + 4:  # three to warm up
@@ -441,7 +447,7 @@ def train(args, saved):
                 write(out / name, functools.partial(torch.save, content))
         if stop: break
     if world > 1: dist.destroy_process_group()
-    if rank == 0 and start < last: draw_run(out, rows, real, fake)
+    if rank == 0: draw_run(out, rows, real, sample(nets.ema, fixed))
     if start >= last: print(f"{out} has had its {last} steps: a larger --steps or --epochs goes on")
     if caught:
         print(f"stopped at step {step} and saved; to go on: python {SCRIPT}.py --resume --out {out}")
@@ -458,7 +464,7 @@ def parse(argv):
     add("--channels", type=int, choices=(1, 3), default=3, help="1 is grey, 3 is RGB (3)")
     add("--width", type=int, default=64, help="channels beside the picture, all others in proportion (64)")
     add("--data", default="synthetic", help="synthetic, mnist, fashion, celeba, a folder or .zip (synthetic)")
-    fixed = "recipe", "size", "channels", "width"  # of a checkpoint
+    fixed = "recipe", "size", "channels", "width", "batch_size"  # of a checkpoint
     # --- shared: command line ---
     add("--root", default="data", help="folder of the named sets and of decoded pictures (data)")
     add("--classes", nargs="+", default=[], help="only these subfolders of --data")
@@ -471,7 +477,7 @@ def parse(argv):
     add("--ema", type=float, help="decay a step of the averaged generator, 0 is none (by recipe)")
     add("--augment", action=switch, help="differentiable augmentation (for small sets)")
     add("--flip", action=switch, help="mirror half of the pictures (by recipe)")
-    add("--seed", type=int, default=0, help="of all that is drawn by chance (0)")
+    add("--seed", type=lambda text: int(text) % 2**63, default=0, help="of all that is drawn by chance (0)")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="weights stay fp32")
     add("--no-fused", action="store_true", help="PyTorch's operations even where gan_ops is installed")
@@ -490,23 +496,26 @@ def parse(argv):
             assert saved["config"]["script"] == SCRIPT, f"it is of {saved['config']['script']}.py"
         except Exception as error:  # a missing, cut or foreign file fails in many ways
             fail(f"{path} is no checkpoint of {SCRIPT}.py: {error}")
-        kept = dict(saved["config"], device="auto", precision="auto", generate=None)
+        kept = dict(saved["config"], generate=None) | (dict(device="auto") if given.generate else {})
         if given.epochs or given.steps: kept.update(epochs=None, steps=None)  # a new end, no second one
     parser.set_defaults(**dict(RECIPES[given.recipe], script=SCRIPT, id=f"{SCRIPT}-{time.time():.0f}") | kept)
     args = parser.parse_args(argv)
+    for name in "epochs", "steps", "batch_size", "width", "generate":
+        if (value := getattr(args, name)) is not None and value < 1: fail(f"--{name} {value}: at least 1")
     if saved and any(kept[name] != getattr(args, name) for name in fixed):
-        fail(f"{path} is of another --{', --'.join(fixed)}: leave them out")
+        fail(f"{path} is of another --{', --'.join(fixed).replace('_', '-')}: leave them out")
     return args, saved
 
 def main(argv=None):
     """Run the command line `argv`; in a notebook, where sys.argv is the kernel's, the defaults."""
-    args, saved = parse([] if argv is None and "kernel_launcher" in sys.argv[0] else argv)
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
+        args, saved = parse([] if argv is None and "kernel_launcher" in sys.argv[0] else argv)
         generate(args, saved) if args.generate else train(args, saved)
     except (Exception, KeyboardInterrupt) as error:
         if "GAN_DEBUG" in os.environ: raise
-        fail(f"{type(error).__name__}: {error} (GAN_DEBUG=1 shows where)")
+        places = "; --root, --out and --save say where to write" if isinstance(error, OSError) else ""
+        fail(f"{type(error).__name__}: {error}{places} (GAN_DEBUG=1 shows where)")
     finally:
         for number, handler in handlers.items():  # a notebook goes on
             if signal.getsignal(number) is not handler: signal.signal(number, handler)

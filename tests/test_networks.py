@@ -1,142 +1,246 @@
-"""The networks are the scheme: shapes, layers, numbers of weights, and the padding that the copies lack."""
+"""The networks are the ones that the docstrings name: shapes, numbers of weights, first weights, labels."""
+import copy
+
 import pytest
 import torch
+from shared_parts import TOP
 from torch import nn
+from torch.nn import functional as F
 
+import cgan_residual
 import cspup128
+import dcgan
+import fashion_keras_port
+
+CONVS = nn.Conv2d, nn.ConvTranspose2d
 
 
-def networks(*flags):
-    return cspup128.make_networks(cspup128.parse(list(flags))[0])
+def networks(script, flags, classes=10):
+    """(generator, discriminator) that a command line gives, here for this many classes."""
+    args = script.parse(flags.split())[0]
+    if hasattr(args, "names"): args.names = [str(i) for i in range(classes)]
+    return script.make_networks(args)
 
 
 def count(network):
     return sum(p.numel() for p in network.parameters())
 
 
-def exact_generator_weights(width):
-    """The slide's generator counted by hand: per block two transposed, one 1x1 and two 3x3 convolutions."""
+def randomised(network):
+    """The network with every weight, bias and statistic drawn by chance."""
+    for name, value in network.state_dict().items():
+        if name.endswith("running_var"): value.uniform_(0.5, 2)
+        elif value.is_floating_point(): value.normal_(0, 0.3)
+    return network
+
+
+def of_cspup(width):
+    """The slides' networks counted by hand: per block two transposed, one 1x1 and two 3x3 convolutions."""
     channels = [100, 16 * width, 8 * width, 4 * width, 2 * width, width]
-    total = 0
-    for c_in, c_out in zip(channels, channels[1:]):
-        half = c_in // 2
-        total += 2 * half * c_out * 16  # left and right transposed convolution, no bias
-        total += half * half + half  # 1x1
-        total += 2 * (c_out * c_out * 9 + c_out)  # 3x3, twice
-    return total + width * 3 * 16 + 3
-
-
-def exact_discriminator_weights(width):
+    g = width * 3 * 16 + 3
+    for half, c in zip([c // 2 for c in channels], channels[1:]):
+        g += 2 * half * c * 16 + half * half + half + 2 * (c * c * 9 + c)
     channels = [3, width, 2 * width, 4 * width, 8 * width, 16 * width]
-    convs = sum(c_in * c_out * 16 + c_out for c_in, c_out in zip(channels, channels[1:]))
-    return convs + 16 * width * 16 + 1
+    return g, sum(a * b * 16 + b for a, b in zip(channels, channels[1:])) + 16 * width * 16 + 1
 
 
-@pytest.mark.parametrize("width", [64, 6])
-def test_exact_scheme_has_the_weights_of_the_slides_and_no_normalisation(width):
-    g, d = networks("--scheme", "exact", "--width", str(width))
-    assert count(g) == exact_generator_weights(width)
-    assert count(d) == exact_discriminator_weights(width)
-    assert not list(g.buffers()) and not list(d.buffers())
-    assert all(m.negative_slope == 0 for m in g.modules() if isinstance(m, nn.LeakyReLU))
-    assert all(m.negative_slope == 0.2 for m in d.modules() if isinstance(m, nn.LeakyReLU))
+# Three convolutions and two linear layers, and a vector of 256 for each of ten classes
+JUDGE = 16 * 16 + 16 + 512 * 16 + 32 + 9 * 32 * 64 + 64 + 1024 * 256 + 256 + 256 + 1 + 10 * 256
 
 
-@pytest.mark.parametrize("scheme", ["stable", "exact"])
-def test_every_block_doubles_the_picture_and_halves_the_channels(scheme):
-    g, d = networks("--scheme", scheme, "--width", "2")
+def of_style(w, classes):
+    """`--arch style` counted by hand: mapping, start, per block a style, a convolution, noise, bias, grey."""
+    g = (classes + 100) * 128 + 128 + 128 * 128 + 128 + 4 * w * 49
+    for a, b in (4 * w, 4 * w), (4 * w, 2 * w), (2 * w, w):
+        g += 129 * a + 9 * a * b + 1 + b + b + 1
+    return g
+
+
+@pytest.mark.parametrize("script, flags, g, d", [
+    (dcgan, "--recipe classic", 3_576_704, 2_765_568), (dcgan, "", 3_576_704, 2_765_568 + 16),
+    (cspup128, "--scheme exact", *of_cspup(64)), (cspup128, "--scheme exact --width 6", *of_cspup(6)),
+    (cgan_residual, "", 256 * 3136 + 3136 + 4 * 64 + 2 * 9 * 64 * 64 + 2 * 64 + 16 * 64 * 32 + 2 * 32 + 16 * 32 * 16
+     + 2 * 16 + 9 * 16 + 1, JUDGE),
+    (fashion_keras_port, "", 1_489_936, 533_505),
+    (fashion_keras_port, "--conditional", 1_489_936 + 2560, 533_505 + 2560),
+    (fashion_keras_port, "--arch style --conditional", of_style(16, 10), JUDGE)],
+    ids=lambda value: getattr(value, "SCRIPT", None))
+def test_numbers_of_weights(script, flags, g, d):
+    assert tuple(map(count, networks(script, flags))) == (g, d)
+
+
+@pytest.mark.parametrize("script, flags, shapes", [
+    (dcgan, "--width 4", [(32, 4, 4), (16, 8, 8), (8, 16, 16), (4, 32, 32)]),
+    (dcgan, "--width 2 --size 128 --channels 1", [(16, 4, 4), (16, 8, 8), (8, 16, 16), (4, 32, 32), (2, 64, 64)]),
+    (cspup128, "--width 2", [(32, 4, 4), (16, 8, 8), (8, 16, 16), (4, 32, 32), (2, 64, 64)]),
+    (cspup128, "--width 2 --scheme exact", [(32, 4, 4), (16, 8, 8), (8, 16, 16), (4, 32, 32), (2, 64, 64)]),
+    (cgan_residual, "--width 2", [(8, 7, 7), (4, 14, 14), (2, 28, 28)]),
+    (cgan_residual, "--width 2 --blocks 3", [(8, 7, 7), (4, 14, 14), (2, 28, 28)]),
+    (fashion_keras_port, "--width 2 --arch dcgan", [(4, 14, 14), (2, 28, 28)]),
+    (fashion_keras_port, "--width 2 --arch style", [(8, 7, 7), (4, 14, 14), (2, 28, 28)])],
+    ids=lambda value: getattr(value, "SCRIPT", None))
+def test_each_layer_doubles_the_picture(script, flags, shapes):
+    G, D = networks(script, flags)
     seen = []
-    for seam in g.seams:
-        seam.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[1:]))
-    pictures = g(torch.randn(2, 100))
-    assert [tuple(s) for s in seen] == [(32, 4, 4), (16, 8, 8), (8, 16, 16), (4, 32, 32), (2, 64, 64)]
-    assert pictures.shape == (2, 3, 128, 128)
-    assert d(pictures).shape == (2,)
+    for module in G.modules():
+        module.register_forward_hook(lambda m, i, output: seen.append(
+            tuple(output.shape[1:]) if torch.is_tensor(output) and output.ndim == 4 else None))
+    args = script.parse(flags.split())[0]
+    pictures = G(torch.randn(3, script.Z + 10 * (script is cgan_residual)))
+    places = [seen.index(shape) for shape in shapes]
+    assert places == sorted(places)
+    assert pictures.shape == (3, args.channels, args.size, args.size) and pictures.abs().max() <= 1
+    assert D(pictures).shape == ((3,) if script in (dcgan, cspup128) else (3, 1))
 
 
-def test_pictures_reach_both_ends_of_the_range():
-    g, _ = networks("--scheme", "exact", "--width", "2")
-    with torch.no_grad():
-        g.picture.weight.mul_(1e6)
-        pictures = g(torch.randn(4, 100))
-    assert pictures.min() == -1 and pictures.max() == 1
+@pytest.mark.parametrize("script", [dcgan, cspup128, cgan_residual], ids=lambda script: script.SCRIPT)
+def test_first_weights_are_dcgans(script):
+    """Of the generator; cspup128.py's discriminator has He's, whose variance keeps the logits' scale."""
+    torch.manual_seed(0)
+    G, D = networks(script, "")
+    nets = [G, D] if script is dcgan else [G]
+    weights = [m.weight.flatten() for net in nets for m in net.modules() if isinstance(m, (*CONVS, nn.Linear))]
+    assert torch.cat(weights).std().item() == pytest.approx(0.02, rel=0.02)
+    norms = torch.cat([m.weight for m in G.modules() if isinstance(m, nn.BatchNorm2d)])
+    if script is not cgan_residual:
+        assert norms.mean().item() == pytest.approx(1, abs=0.005) and norms.std().item() == pytest.approx(0.02, rel=0.1)
+    if script is cspup128:
+        for layer in (m for m in D.modules() if isinstance(m, nn.Conv2d)):
+            fan = layer.weight[0].numel()
+            assert layer.weight.std().item() == pytest.approx((2 / (1.04 * fan)) ** 0.5, rel=0.05)
+
+
+def test_the_exact_scheme_has_no_normalisation_and_relu_in_the_generator():
+    G, D = networks(cspup128, "--scheme exact --width 2")
+    assert not list(G.buffers()) and not list(D.buffers())
+    assert {m.negative_slope for m in G.modules() if isinstance(m, nn.LeakyReLU)} == {0}
+    assert {m.negative_slope for m in D.modules() if isinstance(m, nn.LeakyReLU)} == {0.2}
 
 
 def test_the_block_that_circulates_pads_by_0_and_its_sum_fails():
     block = cspup128.CSPup(8, 4, slope=0.0, norm=False)
-    left, right = block(torch.randn(1, 4, 6, 6), torch.randn(1, 4, 6, 6))
+    halves = torch.randn(2, 1, 4, 6, 6)
+    left, right = block(*halves)
     assert left.shape == right.shape == (1, 4, 12, 12)
     for layer in block.right:
-        if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
-            layer.padding = (0, 0)
-    left, right = block(torch.randn(1, 4, 6, 6), torch.randn(1, 4, 6, 6))
-    assert left.shape[-1] - right.shape[-1] == 4
+        if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3): layer.padding = (0, 0)
     with pytest.raises(RuntimeError):
-        cspup128.SplitAdd(4, 0.0, norm=False)(left, right)
+        cspup128.SplitAdd(4, 0.0, norm=False)(*block(*halves))
 
 
 def test_the_seam_adds_normalises_activates_and_splits_in_this_order():
     seam = cspup128.SplitAdd(4, slope=0.3)
-    left, right = torch.randn(5, 4, 3, 3), torch.randn(5, 4, 3, 3)
+    left, right = torch.randn(2, 5, 4, 3, 3)
     x = left + right
-    x = (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), unbiased=False, keepdim=True) + seam.eps).sqrt()
-    expected = torch.where(x > 0, x, 0.3 * x)
-    torch.testing.assert_close(torch.cat(seam(left, right), dim=1), expected)
+    x = (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(torch.cat(seam(left, right), dim=1), torch.where(x > 0, x, 0.3 * x))
     bare = cspup128.SplitAdd(4, slope=0.3, norm=False, split=False)
     assert torch.equal(bare(left, right), left + right)
 
 
-@pytest.mark.parametrize("convs", range(1, 6))
-def test_fewer_convolutions_still_end_in_one_logit(convs):
-    _, d = networks("--width", "2", "--d-convs", str(convs))
-    strided = [m for m in d.modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2)]
-    assert len(strided) == convs
-    assert d(torch.randn(3, 3, 128, 128)).shape == (3,)
-
-
-def test_spectral_norm_bounds_every_convolution():
-    _, d = networks("--width", "2", "--d-norm", "spectral")
-    for _ in range(30):
-        d(torch.randn(2, 3, 128, 128))
-    for layer in d.modules():
-        if isinstance(layer, nn.Conv2d):
-            norm = torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2)
-            assert norm == pytest.approx(1.0, rel=0.05)
-
-
-def test_slope_and_width_reach_the_generator():
-    g, _ = networks("--width", "3", "--slope", "0.05")
-    slopes = {m.slope for m in g.modules() if isinstance(m, cspup128.BatchNormLeakyReLU)}
-    assert slopes == {0.05} and g.picture[1].in_channels == 3
-
-
-@pytest.mark.parametrize("up, left, right", [
-    ("mixed", "bilinear", "nearest"), ("bilinear", "bilinear", "bilinear"), ("nearest", "nearest", "nearest"),
-    ("deconv", None, None)])
+@pytest.mark.parametrize("up, left, right", [("mixed", "bilinear", "nearest"), ("bilinear", "bilinear", "bilinear"),
+                                             ("nearest", "nearest", "nearest"), ("deconv", None, None)])
 def test_what_doubles_the_picture_in_each_branch(up, left, right):
-    g, _ = networks("--width", "2", "--up", up)
-    assert g(torch.randn(2, 100)).shape == (2, 3, 128, 128)
-    for number, block in enumerate(g.blocks):
+    G, _ = networks(cspup128, f"--width 2 --up {up}")
+    assert G(torch.randn(2, 100)).shape == (2, 3, 128, 128)
+    for number, block in enumerate(G.blocks):  # the first makes 4x4 of 1x1
         for layer, how in ((block.left, left), (block.right[2], right)):
-            if how is None or number == 0:  # the first makes 4x4 of 1x1
-                assert isinstance(layer, nn.ConvTranspose2d)
-            else:
-                assert layer.mode == how and layer.scale_factor == 2
-    assert isinstance(g.picture, nn.ConvTranspose2d) == (up == "deconv")
+            assert getattr(layer, "mode", None) == (how if number else None)
 
 
-def test_an_interpolating_left_branch_passes_its_channels_on():
-    block = cspup128.CSPup(8, 4, slope=0.2, norm=True)
-    a = torch.randn(2, 4, 6, 6)
-    left, _ = block(a, torch.randn(2, 4, 6, 6))
-    assert torch.equal(left, nn.functional.interpolate(a, scale_factor=2, mode="bilinear"))
+@pytest.mark.parametrize("convs", [4, 5])
+def test_four_or_five_strided_convolutions(convs):
+    _, D = networks(cspup128, f"--width 2 --d-convs {convs}")
+    assert sum(m.stride == (2, 2) for m in D.modules() if isinstance(m, nn.Conv2d)) == convs
+    assert D(torch.randn(3, 3, 128, 128)).shape == (3,)
 
 
-def test_batch_norm_module_is_exchangeable_with_pytorchs():
-    ours, theirs = cspup128.BatchNormLeakyReLU(6, 0.1), nn.BatchNorm2d(6)
-    for _ in range(3):
-        x = torch.randn(4, 6, 5, 5)
-        torch.testing.assert_close(ours(x), nn.functional.leaky_relu(theirs(x), 0.1))
-    theirs.load_state_dict(ours.state_dict())
-    x = torch.randn(4, 6, 5, 5)
-    torch.testing.assert_close(ours.eval()(x), nn.functional.leaky_relu(theirs.eval()(x), 0.1))
+def test_the_spread_of_a_batch_is_the_mean_deviation_of_its_features():
+    D = randomised(dcgan.Discriminator(32, 3, 2, spread=True)).eval()
+    x = torch.randn(6, 3, 32, 32)
+    features = D.layers(x)
+    more = features.var(0, unbiased=False).add(1e-8).sqrt().mean().expand(6, 1, 4, 4)
+    torch.testing.assert_close(D(x), F.conv2d(torch.cat([features, more], 1), D.logit.weight).flatten())
+    same = D(x[:1].expand(6, -1, -1, -1))
+    assert (same[0] - D(x)[0]).abs() > 1e-4  # one and the same picture, beside others and beside itself
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_residual_block_adds_to_x_what_it_computes(training):
+    block = randomised(cgan_residual.Residual(6, 0.0)).train(training)
+    state, x = copy.deepcopy(block.state_dict()), torch.randn(4, 6, 7, 7)
+
+    def normalised(x, name):
+        mean, var, weight, bias = (state[f"{name}.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))
+        return F.leaky_relu(F.batch_norm(x, mean.clone(), var.clone(), weight, bias, training), 0.2)
+
+    added = F.conv2d(normalised(x, "layers.0"), state["layers.1.weight"], padding=1)
+    added = F.conv2d(normalised(added, "layers.2"), state["layers.4.weight"], padding=1)
+    torch.testing.assert_close(block(x), x + added, rtol=1e-4, atol=1e-4)
+    assert added.std() > 0.1
+
+
+def test_dropout_is_for_training_alone():
+    for network, inputs in ((cgan_residual.Generator(4, dropout=0.5), [torch.randn(4, 256)]),
+                            (cgan_residual.Discriminator(4, dropout=0.5), [torch.randn(4, 1, 28, 28), torch.arange(4)])):
+        randomised(network)
+        assert not torch.equal(network(*inputs), network(*inputs))
+        assert torch.equal(network.eval()(*inputs), network(*inputs))
+        assert any(m.p > 0 for m in type(network)().modules() if isinstance(m, nn.modules.dropout._DropoutNd))
+
+
+@pytest.mark.parametrize("script, flags", [
+    (cgan_residual, "--width 4"), *((fashion_keras_port, f"--width 4 --conditional --arch {arch}")
+                                    for arch in ("dense", "dcgan", "style"))])
+def test_a_label_decides_on_pictures_and_on_verdicts(script, flags):
+    """By projection: the class's vector times the features; without labels the mean of all classes' logits."""
+    G, D = (randomised(network).eval() for network in networks(script, flags, 3))
+    pictures = G(torch.cat([torch.eye(3), torch.randn(1, script.Z).expand(3, -1)], 1)).detach()
+    assert (pictures[0] - pictures[1]).std() > 1e-4 < (pictures[1] - pictures[2]).std()
+    labels, features = torch.tensor([2, 0, 2]), D.layers(pictures)
+    each = D.logit(features) + features @ D.of_class.weight  # N,3: the logit for each class
+    judge = [D(pictures, one, logits=True) for one in (labels, F.one_hot(labels, 3).float(), None)]
+    for logit, expected in zip(judge, (each.gather(1, labels[:, None]), each.gather(1, labels[:, None]), each.mean(1, True))):
+        torch.testing.assert_close(logit, expected)
+    torch.testing.assert_close(D(pictures, labels), judge[0].sigmoid())
+    assert each.std(1).min() > 1e-3  # else the labels would say nothing
+
+
+def test_a_styled_convolution_is_the_papers():
+    """Weights scaled by the style and brought to length 1, one convolution for each picture (Karras et al. 2020)."""
+    layer, x, style = randomised(fashion_keras_port.Styled(5, 7, 2)).eval(), torch.randn(3, 5, 6, 6), torch.randn(3, 128)
+    expected = []
+    for picture, strength in zip(x, 1 + layer.style(style)):
+        weight = layer.conv.weight * strength[None, :, None, None]
+        weight = weight / (weight.square().sum((1, 2, 3), keepdim=True) + 1e-8).sqrt()
+        up = F.interpolate(picture[None], scale_factor=2, mode="bilinear")
+        expected.append(F.leaky_relu(F.conv2d(up, weight, padding=1) + layer.bias, 0.2) * 2**0.5)
+    torch.testing.assert_close(layer(x, style), torch.cat(expected), rtol=1e-4, atol=1e-4)
+    noisy = layer.train()(x, style)
+    assert (noisy - layer(x, style)).std() > 0.01
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_modules_are_exchangeable_with_pytorchs(script, training):
+    x, ours, theirs = torch.randn(3, 4, 6, 5, 5), script.BatchNormLeakyReLU(6, 0.1), nn.BatchNorm2d(6)
+    theirs.load_state_dict(randomised(ours).state_dict())
+    for batch in x:
+        expected = F.leaky_relu(theirs.train(training)(batch), 0.1)
+        torch.testing.assert_close(ours.train(training)(batch), expected)
+    for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_readmes_text_on_digits_runs_in_a_run_folder(tmp_path, monkeypatch):
+    """Word for word: README's own, with its names and shapes, on weights of the default's size."""
+    text = (TOP / "README.md").read_text()
+    (text,) = [part for part in text.split("```python\n") if part.startswith("import torch as t\n")]
+    networks_of = dict(zip(("Generator", "Discriminator"), map(randomised, networks(cgan_residual, ""))))
+    torch.save({name: network.state_dict() for name, network in networks_of.items()}, tmp_path / "models.pth")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(text.split("```")[0], names)
+    images, labels, judge = names["images"], names["labels"], names["discriminator"]
+    assert images.shape == (10, 1, 28, 28) and images.abs().max() <= 1 and images.std() > 0.05
+    assert names["verdict"].shape == (10, 1) and 0 <= names["verdict"].min() <= names["verdict"].max() <= 1
+    torch.testing.assert_close(judge(images, labels), judge(images, names["one_hot"]))

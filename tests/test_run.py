@@ -1,73 +1,40 @@
-"""The run folder: what is in it, and that nothing is lost when a run is stopped, killed or started twice."""
+"""The run folder: what is in it, and that nothing is lost when a run is stopped, killed, resumed or started twice."""
 import csv
 import json
+import math
 import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from conftest import TINY, error_line, flags, load
 from PIL import Image
 
-import cgan_residual
 import cspup128
 import dcgan
 import fashion_keras_port
 
-TINY = {cspup128: ["--width", "2", "--batch-size", "8", "--precision", "fp32"]}
-TINY[dcgan] = [*TINY[cspup128], "--size", "32"]
-TINY[cgan_residual] = [*TINY[cspup128], "--augment", "auto", "--no-report"]
-TINY[fashion_keras_port] = TINY[cgan_residual]
-SETS = {cspup128: "faces", dcgan: "faces", cgan_residual: "digits", fashion_keras_port: "clothes"}
-MORE = {cgan_residual: {"one_noise.png"}}  # in its run folder, besides what all have
-HELD_OUT = {dcgan: 2}  # of 40 pictures
-LIFE = {cspup128: 2}  # seconds after which a run is stopped, or within which it is killed; 1 where not said
-STEPS = {fashion_keras_port: 1000}  # of the run that is killed twenty times; 400 where not said
-CONVOLUTIONS = ["--arch", "dcgan", "--conditional", "--loss", "wgan-gp"]
 FORKS = multiprocessing.get_context("forkserver")  # whose processes begin with these imported
-FORKS.set_forkserver_preload(["torch", "torchvision", "tqdm.auto", "pytest"])
+FORKS.set_forkserver_preload(["torch", "torchvision", "tqdm.auto"])
+HEAD = "step,epoch,seconds,images,loss_d,loss_g,d_real,d_fake".split(",")
 
 
-@pytest.fixture(scope="module", params=TINY, ids=lambda script: script.SCRIPT)
-def script(request):
-    """Each script in turn."""
-    return request.param
-
-
-@pytest.fixture(scope="module", params=[*((script, []) for script in TINY), (fashion_keras_port, CONVOLUTIONS)],
-                ids=lambda kind: kind[0].SCRIPT + "-dcgan" * bool(kind[1]))
-def kind(request):
-    """Each script in turn with the flags that choose its networks: fashion_keras_port.py has two kinds of them."""
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """A --root with folders of 40 pictures, of 40 digits in four classes, and of 40 clothes in four classes."""
-    root = tmp_path_factory.mktemp("root")
-    (root / "faces").mkdir()
-    for i in range(40):
-        cspup128.draw_picture(i).resize((160, 160)).save(root / "faces" / f"{i}.png")
-        number = 10 * (i // 4) + i % 4
-        drawn = dict(digits=cgan_residual.draw_picture(number), clothes=fashion_keras_port.draw_picture(i))
-        for name, image in drawn.items():
-            (root / name / f"{i % 4}").mkdir(parents=True, exist_ok=True)
-            image.save(root / name / f"{i % 4}" / f"{i}.png")
-    return root
-
-
-def flags(script, root, out, *more):
-    return [*TINY[script], "--data", str(root / SETS[script]), "--root", str(root), "--out", str(out), *more]
+def rows_of(out):
+    """metrics.csv as dictionaries of numbers."""
+    return [{name: float(value) for name, value in row.items()} for row in csv.DictReader((out / "metrics.csv").open())]
 
 
 def same_run(a, b):
-    """Assert that two run folders hold the same weights, bit for bit, and the same metrics but for the seconds."""
-    first, second = (torch.load(out / "checkpoint.pt", weights_only=True) for out in (a, b))
+    """Assert that two run folders hold the same weights, bit for bit, the same metrics but for the seconds, and files."""
+    first, second = (load(out / "checkpoint.pt") for out in (a, b))
     assert first["step"] == second["step"]
     for name in ("G", "D", "ema"):
         assert first[name].keys() == second[name].keys()
@@ -75,127 +42,163 @@ def same_run(a, b):
     for name in ("opt_g", "opt_d"):
         for number, state in first[name]["state"].items():
             assert all(torch.equal(value, second[name]["state"][number][key]) for key, value in state.items())
-    rows = [[row[:2] + row[3:] for row in csv.reader((out / "metrics.csv").open())] for out in (a, b)]
-    assert rows[0] == rows[1] and len(rows[0]) > 1
-    made = [sorted(str(path.relative_to(out)) for path in out.rglob("*.[pg][ni][gf]")) for out in (a, b)]
-    assert made[0] == made[1] != []
-    for name in made[0]:
-        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    rows = [[dict(row, seconds=0) for row in rows_of(out)] for out in (a, b)]
+    assert rows[0] == rows[1] != []
+    made = [{path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.suffix in (".png", ".gif")}
+            for out in (a, b)]
+    assert made[0] == made[1] and len(made[0]) > 4
+    assert not list(b.rglob(".part-*"))
 
 
-def linked(out, links):
-    """A second name below `links` for every file of a run folder: {name: (that one, what is in it)}."""
-    found = {}
-    for path in (path for path in out.rglob("*") if path.is_file()):
-        link = links / path.relative_to(out)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.hardlink_to(path)
-        found[path.relative_to(out)] = link, path.read_bytes()
-    return found
+def stand_in(monkeypatch, script, loss=lambda step: float(step), act=lambda step: None):
+    """A train_step that learns nothing, whose losses are loss(step) and -loss(step) and whose logits are 1 and -1."""
+    def step(nets, args, view, real, z, *labels):
+        steps.append(len(steps) + 1)
+        act(steps[-1])
+        value = torch.tensor(loss(steps[-1]))
+        return value, -value, torch.ones(len(real)), -torch.ones(len(real))
+    steps = []
+    monkeypatch.setattr(script, "train_step", step)
+    return steps
 
 
-def test_a_run_leaves_the_whole_folder(script, root, tmp_path):
-    script.main(flags(script, root, tmp_path / "run", "--epochs", "3"))
+# What is in the folder
+
+def test_a_run_leaves_the_whole_folder(script, root, tmp_path, capsys):
     out = tmp_path / "run"
+    script.main(flags(script, root, out, "--epochs", 3))
     names = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
-    samples = {f"samples/epoch_{i:04d}.png" for i in (1, 2, 3)}
-    pictures = {*(f"{curve}.png" for curve in script.CURVES), "comparison.png", "evolution.gif"}
-    pictures |= MORE.get(script, set())
-    assert names == {"config.json", "metrics.csv", "checkpoint.pt", "models.pth"} | samples | pictures
-    for picture in samples | pictures:
+    pictures = {*(f"samples/epoch_{i:04d}.png" for i in (1, 2, 3)), "losses.png", "scores.png", "comparison.png", "evolution.gif"}
+    assert names == {"config.json", "metrics.csv", "checkpoint.pt", "models.pth"} | pictures
+    for picture in pictures:
         assert np.asarray(Image.open(out / picture).convert("L")).std() > 5
     assert Image.open(out / "evolution.gif").n_frames == 3
     config = json.loads((out / "config.json").read_text())
-    assert config["width"] == 2 and config["augment"] == "on" and config["used"]["pictures"] == 40
-    assert config["used"]["held_out"] == HELD_OUT.get(script, 0) and config["flip"] in (True, False)
-    assert config["used"]["device"] in ("cpu", "cuda:0", "mps") and "gan_ops" in config["used"]
-    head, *rows = csv.reader((out / "metrics.csv").open())
-    epoch, last = ("3", 12) if script is dcgan else ("2", 15)  # of 38 pictures and of 40
-    more = ["d_fake_after", "d_seen", "d_held_out"] if script is dcgan else []
-    assert head == "step,epoch,seconds,images,loss_d,loss_g,d_real,d_fake".split(",") + more
-    assert [row[:2] + row[3:4] for row in rows] == [["10", epoch, "80"], [str(last), "3", str(8 * last)]]
-    assert all(0 < float(value) < 1 for row in rows for value in row[6:])
+    used = config["used"]
+    assert config["width"] == script.parse(TINY[script])[0].width and config["augment"] is True and config["seed"] == 0
+    assert (used["pictures"], used["processes"], used["device"], used["precision"]) == (40, 1, "cpu", "fp32")
+    assert used["torch"] == torch.__version__ and used["gan_ops"] == script.GAN_OPS and "python" in used
+    said = capsys.readouterr().out
+    assert all(f"{name} {used[name]}" in said for name in ("pictures", "device", "precision", "gan_ops"))
+    assert next(csv.reader((out / "metrics.csv").open())) == HEAD
+    rows = rows_of(out)
+    assert [(row["step"], row["epoch"], row["images"]) for row in rows] == [(10, 2, 80), (15, 3, 120)]
+    assert all(0 < row[name] < 1 for row in rows for name in ("d_real", "d_fake")) and rows[0]["seconds"] <= rows[1]["seconds"]
+    models, saved = load(out / "models.pth"), load(out / "checkpoint.pt")
+    assert set(models) == {"Generator", "Discriminator", "config"} and saved["step"] == 15
+    assert all(torch.equal(value, saved["ema"][name]) for name, value in models["Generator"].items())
+    for network, name in zip(script.make_networks(script.argparse.Namespace(**models["config"])), ("Generator", "Discriminator")):
+        network.load_state_dict(models[name])
 
 
-def test_steps_or_epochs_end_the_run_whichever_comes_first(root, tmp_path):
-    for name, more, step in (("a", ["--steps", "4", "--epochs", "9"], 4), ("b", ["--steps", "9", "--epochs", "1"], 5)):
-        cspup128.main(flags(cspup128, root, tmp_path / name, *more))
-        assert torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["step"] == step
+def test_metrics_are_the_means_of_ten_steps(script, root, tmp_path, monkeypatch):
+    stand_in(monkeypatch, script)
+    script.main(flags(script, root, tmp_path, "--steps", 23))
+    rows = rows_of(tmp_path)
+    assert [(r["step"], r["epoch"], r["images"]) for r in rows] == [(10, 2, 80), (20, 4, 160), (23, 5, 184)]
+    assert [r["loss_d"] for r in rows] == [-r["loss_g"] for r in rows] == [5.5, 15.5, 22.0]
+    one = 1 / (1 + math.exp(-1))
+    assert all((r["d_real"], r["d_fake"]) == pytest.approx((one, 1 - one), rel=1e-6) for r in rows)
+
+
+@pytest.mark.parametrize("more, steps", [("--steps 4 --epochs 9", 4), ("--steps 9 --epochs 1", 5), ("--epochs 2", 10)])
+def test_whichever_of_steps_and_epochs_comes_first_ends_the_run(more, steps, root, tmp_path, monkeypatch):
+    taken = stand_in(monkeypatch, dcgan)
+    dcgan.main(flags(dcgan, root, tmp_path, *more.split()))
+    assert len(taken) == load(tmp_path / "checkpoint.pt")["step"] == steps
 
 
 def test_the_same_seed_gives_the_same_files_and_another_seed_others(script, root, tmp_path):
-    for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
-        script.main(flags(script, root, tmp_path / name, "--steps", "3", "--seed", seed))
+    for name, seed in (("a", 3), ("b", 3), ("c", 20240101123456)):
+        script.main(flags(script, root, tmp_path / name, "--steps", 3, "--seed", seed))
     same_run(tmp_path / "a", tmp_path / "b")
     with pytest.raises(AssertionError):
         same_run(tmp_path / "a", tmp_path / "c")
 
 
-def test_a_longer_run_goes_on_from_a_shorter_one_bit_for_bit(kind, root, tmp_path):
-    script, networks = kind
-    for name, steps in ("whole", "23"), ("parts", "7"):
-        script.main(flags(script, root, tmp_path / name, "--steps", steps, "--d-every", "2", *networks))
-    for steps in ("8", "16"):
-        script.main(["--resume", "--out", str(tmp_path / "parts"), "--steps", steps])
-    before = linked(tmp_path / "parts", tmp_path / "links")
-    script.main(["--resume", "--out", str(tmp_path / "parts"), "--steps", "23"])
+# Going on
+
+def test_a_run_in_parts_is_the_whole_run_bit_for_bit(kind, root, tmp_path, monkeypatch):
+    """Resumed at steps between two rows of the metrics and between two epochs; every file is replaced whole."""
+    script, argv = kind
+    script.main(flags(script, root, tmp_path / "whole", *argv.split(), "--steps", 23))
+    script.main(flags(script, root, tmp_path / "parts", *argv.split(), "--steps", 7))
+    for steps in 8, 16, 23:
+        kept = [(path, os.open(path, os.O_RDONLY), path.read_bytes()) for path in (tmp_path / "parts").glob("*.pt*")]
+        script.main(["--resume", "--out", str(tmp_path / "parts"), "--steps", str(steps)])
+        for path, descriptor, content in kept:
+            assert os.pread(descriptor, len(content) + 1, 0) == content and path.read_bytes() != content
+            os.close(descriptor)
     same_run(tmp_path / "whole", tmp_path / "parts")
-    for name, (link, content) in before.items():  # each file is whole before it takes the place of the earlier one
-        assert link.read_bytes() == content, name
-        assert name.parts[0] == "samples" or not link.samefile(tmp_path / "parts" / name), name
 
 
-def test_without_an_average_the_generator_itself_is_kept(script, root, tmp_path, monkeypatch):
-    """With --ema 0, resumed too, the two have their tensors in common; any other --ema gives the average its own."""
-    built, build = [], script.build
-    monkeypatch.setattr(script, "build", lambda *given: built.append(build(*given)) or built[-1])
-    script.main(flags(script, root, tmp_path / "run", "--steps", "2", "--ema", "0"))
-    script.main(["--resume", "--out", str(tmp_path / "run"), "--steps", "4"])
-    script.main(flags(script, root, tmp_path / "averaged", "--steps", "2", "--ema", "0.9"))
-    for nets, shared in zip(built, (True, True, False), strict=True):
-        places = [{name: t.data_ptr() for name, t in net.state_dict().items()} for net in (nets.G, nets.ema)]
-        assert (places[0] == places[1]) == shared and places[0].keys() == places[1].keys()
-        assert not any(p.requires_grad for p in nets.ema.parameters()) and not nets.ema.training
-    models, saved = (torch.load(tmp_path / "run" / name, weights_only=True) for name in ("models.pth", "checkpoint.pt"))
-    assert saved["step"] == 4
-    for name, value in built[1].G.state_dict().items():
-        assert torch.equal(models["Generator"][name], value) and torch.equal(saved["G"][name], value)
-    assert any(not torch.equal(value, built[0].G.state_dict()[name]) for name, value in models["Generator"].items())
+def test_resuming_where_there_is_nothing_yet_starts(script, root, tmp_path):
+    script.main(flags(script, root, tmp_path / "run", "--steps", 1, "--resume"))
+    assert load(tmp_path / "run" / "checkpoint.pt")["step"] == 1
 
 
-def test_a_run_that_is_stopped_in_its_first_epoch_is_saved(script, root, tmp_path, monkeypatch, capsys):
-    draws = script.draws
-
-    def stopped(args, step, *more):
-        if step == 2:
-            signal.raise_signal(signal.SIGTERM)
-        return draws(args, step, *more)
-    monkeypatch.setattr(script, "draws", stopped)
-    with pytest.raises(SystemExit) as end:
-        script.main(flags(script, root, tmp_path / "run", "--epochs", "2"))
-    assert end.value.code == 128 + signal.SIGTERM and "--resume" in capsys.readouterr().out
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 2
-    assert (tmp_path / "run" / "losses.png").exists() and not (tmp_path / "run" / "evolution.gif").exists()
+def test_a_second_run_does_not_take_the_place_of_the_first(script, trained, root, fails):
+    before = (trained / "checkpoint.pt").read_bytes()
+    line = fails(script, *flags(script, root, trained, "--steps", 9))
+    assert "--resume" in line and "--out" in line and (trained / "checkpoint.pt").read_bytes() == before
 
 
-def test_resuming_where_there_is_nothing_yet_starts(root, tmp_path, capsys):
-    cspup128.main(flags(cspup128, root, tmp_path / "run", "--steps", "2", "--resume"))
-    assert "starting from the beginning" in capsys.readouterr().out
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 2
+def test_a_finished_run_says_so(script, trained, capsys):
+    before = {path: path.read_bytes() for path in trained.rglob("*.p*")}
+    script.main(["--resume", "--out", str(trained)])
+    assert "has had its 3 steps" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in before} == before
 
 
-def test_a_second_run_moves_the_first_aside(root, tmp_path, capsys):
-    for steps in ("1", "2", "3"):
-        cspup128.main(flags(cspup128, root, tmp_path / "run", "--steps", steps))
-    steps = {p.name: torch.load(p / "checkpoint.pt", weights_only=True)["step"] for p in tmp_path.iterdir()}
-    assert steps == {"run.1": 1, "run.2": 2, "run": 3}
-    assert "run.2" in capsys.readouterr().out
+def test_a_run_killed_before_its_last_pictures_has_them_when_resumed(root, tmp_path, monkeypatch):
+    """The last checkpoint is there, losses.png and the others are not."""
+    dcgan.main(flags(dcgan, root, tmp_path / "whole", "--steps", 13))
 
+    def killed(*given):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(dcgan, "draw_run", killed)
+        with pytest.raises(SystemExit):
+            dcgan.main(flags(dcgan, root, tmp_path / "run", "--steps", 13))
+    dcgan.main(["--resume", "--out", str(tmp_path / "run")])
+    same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("argv, words", [
+    ("--batch-size 4", "batch"), ("--classes a b", "pictures"), ("--width 3", "--width"), ("processes", "processes"),
+    ("data", "pictures")])
+def test_going_on_as_something_else_is_refused(script, argv, words, trained, root, tmp_path, fails, monkeypatch):
+    """A step of other pictures, other pictures, another network, other processes: epochs and counts would be wrong."""
+    before = (trained / "checkpoint.pt").read_bytes()
+    if argv == "processes":  # as torchrun would say it; no group is made
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setattr(script.dist, "init_process_group", lambda *given, **options: None)
+        monkeypatch.setattr(script.dist, "barrier", lambda: None)
+        argv = "--batch-size 4"
+    if argv == "data":
+        Image.new("L", (30, 30), 99).save(root / "set" / "a" / "new.png")
+    try:
+        more = argv.split() if argv != "data" else []
+        assert words in fails(script, "--resume", "--out", trained, "--steps", 9, *more)
+    finally:
+        (root / "set" / "a" / "new.png").unlink(missing_ok=True)
+    assert (trained / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_resumed_run_keeps_what_it_was_told(script, root, tmp_path):
+    """Precision, device and all else that is not given again; what is given again counts."""
+    script.main(flags(script, root, tmp_path, "--steps", 1, "--seed", 5, "--no-augment", "--save-every", 3, "--no-fused"))
+    script.main(["--resume", "--out", str(tmp_path), "--steps", "2", "--ema", "0.5"])
+    config = json.loads((tmp_path / "config.json").read_text())
+    kept = [config[name] for name in ("seed", "augment", "save_every", "no_fused", "batch_size", "device", "precision", "ema")]
+    assert kept == [5, False, 3, True, 8, "cpu", "fp32", 0.5] and config["used"]["precision"] == "fp32"
+
+
+# Stopped
 
 def start(script, arguments):
-    """The script in a process of its own, on one thread: the bits of a sum depend on how many threads share it."""
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
-    return subprocess.Popen([sys.executable, script.__file__, *arguments], env=environment, text=True,
+    """The script in a process of its own."""
+    return subprocess.Popen([sys.executable, script.__file__, *arguments], text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -204,12 +207,12 @@ def live(name, arguments, printed):
     os.dup2(os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND), sys.stdout.fileno())
     os.dup2(sys.stdout.fileno(), sys.stderr.fileno())
     torch.set_num_threads(1)
-    sys.modules[name].main(arguments)
+    __import__(name).main(arguments)
 
 
 def fork(script, arguments, printed):
     """The same as `start` does, in a process that need not import torch first."""
-    process = FORKS.Process(target=live, args=(script.__name__, arguments, printed))
+    process = FORKS.Process(target=live, args=(script.__name__, arguments, str(printed)))
     process.start()
     return process
 
@@ -222,46 +225,218 @@ def wait_for_save(running, checkpoint):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_says_how_to_go_on(script, root, tmp_path, number):
+def test_a_signal_saves_and_says_how_to_go_on(script, number, root, tmp_path):
     out = tmp_path / "run"
-    process = start(script, flags(script, root, out, "--steps", "100000", "--save-every", "60"))
-    wait_for_save(lambda: process.poll() is None, out / "checkpoint.pt")  # the one of step 0
-    time.sleep(LIFE.get(script, 1))
+    process = start(script, flags(script, root, out, "--steps", 100000, "--save-every", 0))
+    wait_for_save(lambda: process.poll() is None, out / "checkpoint.pt")
     process.send_signal(number)
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + number
     assert f"python {script.SCRIPT}.py --resume --out {out}" in text and "Traceback" not in text
-    step = torch.load(out / "checkpoint.pt", weights_only=True)["step"]
-    assert step > 0 and (out / "models.pth").exists()
-    for arguments in (["--resume", "--out", str(out)], flags(script, root, tmp_path / "whole")):
-        process = fork(script, [*arguments, "--steps", str(step + 2)], tmp_path / "printed.txt")
-        process.join()
-        assert process.exitcode == 0, (tmp_path / "printed.txt").read_text()[-500:]
-    same_run(out, tmp_path / "whole")
+    step = load(out / "checkpoint.pt")["step"]
+    assert step >= 10 and (out / "comparison.png").exists() and rows_of(out)[-1]["step"] == step
+    script.main(["--resume", "--out", str(out), "--steps", str(step + 2)])
+    script.main(flags(script, root, tmp_path / "whole", "--steps", step + 2))
+    (out / "samples" / f"epoch_{math.ceil(step / 5):04d}.png").unlink()  # of the moment it was stopped
+    for path in (tmp_path / "whole" / "samples").glob("*"):
+        (out / "samples" / path.name).exists() or path.unlink()
+    for folder in out, tmp_path / "whole":
+        (folder / "evolution.gif").unlink()
+    same_run(tmp_path / "whole", out)
 
 
-def test_twenty_kills_change_nothing(kind, root, tmp_path):
-    """SIGKILL at ten moments of a life from its start on, and at ten soon after it has saved; then the end."""
-    script, networks = kind
-    rng, more = random.Random(0), ["--steps", str(400 if networks else STEPS.get(script, 400)), *networks]
-    process = start(script, flags(script, root, tmp_path / "whole", *more, "--save-every", "60"))
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_stopped_in_its_first_steps_is_saved_and_goes_on(script, number, root, tmp_path, monkeypatch, capsys):
+    kept = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        stand_in(patch, script, act=lambda step: step == 2 and signal.raise_signal(number))
+        with pytest.raises(SystemExit) as end:
+            script.main(flags(script, root, tmp_path, "--epochs", 2))
+    assert end.value.code == 128 + number and "--resume" in capsys.readouterr().out
+    assert load(tmp_path / "checkpoint.pt")["step"] == 2 and (tmp_path / "losses.png").exists()
+    assert signal.getsignal(number) == kept  # a notebook goes on
+    script.main(["--resume", "--out", str(tmp_path), "--steps", "4"])
+    assert load(tmp_path / "checkpoint.pt")["step"] == 4
+
+
+def test_sixteen_kills_change_nothing(kind, root, tmp_path):
+    """SIGKILL at eight moments of a life from its start on, and at eight soon after it has saved; then the end."""
+    script, argv = kind
+    rng, more = random.Random(0), [*argv.split(), "--steps", 60]
     out, printed, lives = tmp_path / "killed", tmp_path / "printed.txt", []
-    arguments = flags(script, root, out, *more, "--save-every", "0", "--resume")
-    for kill in range(20):
+    arguments = flags(script, root, out, *more, "--save-every", 0, "--resume")
+    for kill in range(16):
         life = fork(script, arguments, printed)
-        if kill % 2:
-            wait_for_save(life.is_alive, out / "checkpoint.pt")
-        time.sleep(rng.uniform(0, 0.5) if kill % 2 else rng.uniform(0, LIFE.get(script, 1)))
+        if kill % 2: wait_for_save(life.is_alive, out / "checkpoint.pt")
+        time.sleep(rng.uniform(0, 0.2 if kill % 2 else 1))
         life.kill()
         life.join()
-        saved = (out / "checkpoint.pt").exists()
-        lives.append(torch.load(out / "checkpoint.pt", weights_only=True)["step"] if saved else -1)
-    assert lives == sorted(lives) and len(set(lives)) > 5, lives
-    (out / "samples" / ".part-1-epoch_0001.png").write_bytes(b"cut short")  # as a kill may leave it; seen once
-    life = fork(script, [*arguments, "--save-every", "60"], printed)
+        lives.append(load(out / "checkpoint.pt")["step"] if (out / "checkpoint.pt").exists() else -1)
+    assert lives == sorted(lives) and len(set(lives)) > 3, lives
+    life = fork(script, arguments, printed)
     life.join()
     assert life.exitcode == 0, printed.read_text()[-500:]
+    script.main(flags(script, root, tmp_path / "whole", *more))
+    for path in out.rglob(".part-*"): path.unlink()  # what the kills cut short
+    same_run(tmp_path / "whole", out)
+
+
+def test_main_in_a_thread_trains(script, root, tmp_path):
+    """As a web interface calls it: signals are the main thread's, so this one has none."""
+    thread = threading.Thread(target=script.main, args=(flags(script, root, tmp_path, "--steps", 2),))
+    thread.start()
+    thread.join()
+    assert load(tmp_path / "checkpoint.pt")["step"] == 2
+
+
+def test_interrupted_before_the_first_step_ends_in_one_line(root, tmp_path, monkeypatch, fails):
+    def interrupted(*given):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(dcgan, "make_networks", interrupted)
+    assert "KeyboardInterrupt" in fails(dcgan, *flags(dcgan, root, tmp_path))
+
+
+# What goes wrong in training
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run_after_what_is_finite_was_saved(script, value, root, tmp_path, monkeypatch, fails):
+    with monkeypatch.context() as patch:
+        stand_in(patch, script, lambda step: value if step == 15 else 1.0)
+        line = fails(script, *flags(script, root, tmp_path, "--steps", 40, "--save-every", 0))
+    assert "step 20 is not finite" in line and "--lr" in line and "--precision fp32" in line
+    assert load(tmp_path / "checkpoint.pt")["step"] == 10
+    script.main(["--resume", "--out", str(tmp_path), "--steps", "20", "--lr", "1e-5"])
+    assert load(tmp_path / "checkpoint.pt")["step"] == 20
+
+
+def rows(count, d_real=0.55, d_fake=0.45):
+    """Rows as worries() takes them, ten steps each."""
+    return [[10 * i, 1, 1.0, 80 * i, 1.0, 1.0, d_real, d_fake] for i in range(count)]
+
+
+def faces(different, count=64):
+    """uint8 count,3,32,32 of so many different drawn faces, each with a little noise of its own."""
+    drawn = [torch.from_numpy(np.array(cspup128.draw_picture(i).resize((32, 32)))) for i in range(different)]
+    pictures = torch.stack(drawn).permute(0, 3, 1, 2)[torch.arange(count) % different].float()
+    return (pictures + 4 * torch.randn(pictures.shape)).clamp(0, 255).byte()
+
+
+@pytest.mark.parametrize("made, real, count, worried", [(64, 64, 50, 0), (52, 64, 50, 0), (40, 64, 50, 1), (6, 64, 50, 1),
+                                                        (1, 64, 50, 1), (6, 64, 49, 0), (6, 6, 50, 0)])
+def test_samples_that_repeat_themselves_earn_a_line(made, real, count, worried):
+    """Each sample's nearest other one, against the same among real pictures, which may repeat themselves too."""
+    found = list(dcgan.worries(rows(count), faces(made), faces(real)))
+    assert len(found) == worried and all("repeat themselves" in line for line in found)
+
+
+@pytest.mark.parametrize("ahead, count, said", [
+    (0.97, 20, "has won"), (0.97, 19, None), (0.9, 20, None), (0.0, 20, "no better than chance"), (-0.1, 30, "chance"),
+    (0.0, 19, None), (0.005, 20, None)])
+def test_a_discriminator_that_has_won_or_only_guesses_earns_a_line(ahead, count, said):
+    found = list(dcgan.worries(rows(count, 0.5 + ahead / 2, 0.5 - ahead / 2), faces(64), faces(64)))
+    assert [said in line for line in found] == [True] * bool(said)
+
+
+@pytest.mark.parametrize("low, high, worried", [(0, 8, 1), (250, 255, 1), (100, 110, 1), (0, 255, 0), (0, 80, 0)])
+def test_real_pictures_that_are_all_one_colour_or_nearly_black_earn_a_line(low, high, worried):
+    real = torch.randint(low, high + 1, (64, 1, 28, 28), dtype=torch.uint8)
+    assert ["one colour" in line for line in dcgan.worries(rows(1), faces(64), real)] == [True] * worried
+
+
+def test_only_the_last_200_steps_count_and_a_run_says_each_worry_once(script, root, tmp_path, monkeypatch, capsys):
+    won, well = rows(20, 0.99, 0.01), rows(20)
+    assert list(script.worries(won + well, faces(64), faces(64))) == list(script.worries(well + won[1:] + well[:1], faces(
+        64), faces(64))) == []
+    stand_in(monkeypatch, script)
+    monkeypatch.setattr(script, "worries", lambda *given: ["oh", "no"])
+    script.main(flags(script, root, tmp_path, "--epochs", 3))
+    said = "".join(capsys.readouterr())
+    assert said.count("warning: oh") == said.count("warning: no") == 1
+
+
+# Devices
+
+def test_the_best_device_and_precision_are_taken_and_a_gpu_that_cannot_is_named(script, monkeypatch, fails):
+    args = script.parse([])[0]
+    if not torch.cuda.is_available() and not torch.backends.mps.is_available():
+        device, precision = script.pick_device(args)
+        assert device.type == "cpu" and precision in ("fp32", "bf16")
+        assert script.pick_device(script.parse(["--precision", "fp16"])[0])[1] == "fp16"
+    ones = torch.ones
+
+    def no_kernel(*size, device, **options):
+        raise RuntimeError("CUDA error: no kernel image is available\nmore")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch, "ones", no_kernel)
+    for flag in [], ["--device", "cuda"]:
+        line = fails(script, *flag, "--steps", "1")
+        assert "no kernel image" in line and "--device cpu" in line
+    assert ones is not torch.ones
+
+
+# --logger
+
+def test_tensorboard_holds_what_metrics_csv_holds(script, root, tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    process = start(script, flags(script, root, tmp_path, "--steps", 12, "--logger", "tensorboard"))
     text, _ = process.communicate()
     assert process.returncode == 0, text[-500:]
-    same_run(tmp_path / "whole", out)
-    assert not [p for p in out.rglob(".part-*")]
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert sorted(events.Tags()["scalars"]) == sorted(HEAD[4:])
+    for name in HEAD[4:]:
+        found = [(scalar.step, scalar.value) for scalar in events.Scalars(name)]
+        assert found == [(row["step"], pytest.approx(row[name], rel=1e-4)) for row in rows_of(tmp_path)]
+
+
+def test_wandb_gets_the_metrics_and_a_resumed_run_is_the_same_one(script, root, tmp_path, monkeypatch):
+    """Through a stand-in: W&B reads what is written for TensorBoard, so what counts is how it is begun."""
+    begun, wandb = [], ModuleType("wandb")
+    wandb.init = lambda **options: begun.append(options)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    stand_in(monkeypatch, script)
+    script.main(flags(script, root, tmp_path, "--steps", 2, "--logger", "wandb"))
+    script.main(["--resume", "--out", str(tmp_path), "--steps", "4"])
+    assert len(begun) == 2 and begun[0]["id"] == begun[1]["id"] and begun[1]["resume"] == "allow"
+    assert all(run["project"] == script.SCRIPT and run["sync_tensorboard"] and run["config"]["width"] for run in begun)
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("logger, module", [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb"), ("wandb", None)])
+def test_a_logger_that_cannot_begin_ends_in_one_line_before_there_is_a_run_folder(logger, module, root, tmp_path, monkeypatch, fails):
+    def no_key(**options):
+        raise RuntimeError("no API key\nconfigured")
+    wandb = ModuleType("wandb")
+    wandb.init = no_key
+    monkeypatch.setitem(sys.modules, module or "wandb", None if module else wandb)
+    line = fails(fashion_keras_port, *flags(fashion_keras_port, root, tmp_path / "run", "--logger", logger, "--steps", 1))
+    assert f"--logger {logger}" in line and (module or "no API key") in line and not (tmp_path / "run").exists()
+
+
+def test_what_a_library_raises_is_one_line_and_its_traceback_is_there_for_the_asking(script, root, tmp_path, monkeypatch, fails):
+    def broken(step):
+        raise ValueError("first line\nsecond line")
+    stand_in(monkeypatch, script, act=broken)
+    line = fails(script, *flags(script, root, tmp_path))
+    assert "ValueError: first line" in line and "GAN_DEBUG=1" in line
+    monkeypatch.setenv("GAN_DEBUG", "1")
+    with pytest.raises(ValueError, match="second line"):
+        script.main(flags(script, root, tmp_path))
+
+
+@pytest.mark.parametrize("limit, what", [(3000, "packing"), (30_000, "saving")])
+def test_a_full_disk_ends_in_one_line_and_what_was_saved_stays(limit, what, root, tmp_path):
+    out = tmp_path / "run"
+    argv = flags(dcgan, root, out, "--steps", 20, "--save-every", 0)
+    if what == "packing": argv += ["--root", str(tmp_path / "root")]
+    if what == "saving": dcgan.main(flags(dcgan, root, out, "--steps", 10))
+    before = (out / "checkpoint.pt").read_bytes() if what == "saving" else b""
+    import resource
+    limited = subprocess.run([sys.executable, dcgan.__file__, *argv, "--resume"], capture_output=True, text=True, check=False,
+                             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert limited.returncode == 2 and "File too large" in error_line(limited.stderr)
+    if what == "saving":
+        assert (out / "checkpoint.pt").read_bytes() == before
+    dcgan.main([*argv, "--resume"])
+    assert load(out / "checkpoint.pt")["step"] == 20

@@ -1,0 +1,97 @@
+"""What the tests of the four scripts share: the scripts, a command line of each that takes a moment, pictures."""
+import os
+import re
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start: bits of a sum depend on how many threads share it
+
+import pytest
+import torch
+
+import cgan_residual
+import cspup128
+import dcgan
+import fashion_keras_port
+
+SCRIPTS = dcgan, cspup128, cgan_residual, fashion_keras_port
+KINDS = {  # the games that a script plays, each with its flags
+    "dcgan": (dcgan, "--size 32 --width 2"),
+    "dcgan-classic-grey": (dcgan, "--size 32 --width 2 --recipe classic --channels 1"),
+    "cspup128": (cspup128, "--width 2"),
+    "cspup128-exact": (cspup128, "--width 2 --scheme exact --d-every 2"),
+    "cgan_residual": (cgan_residual, "--width 2"),
+    "fashion": (fashion_keras_port, "--width 4 --batch-size 8"),
+    "fashion-dcgan": (fashion_keras_port, "--width 2 --arch dcgan --conditional --loss wgan-gp"),
+    "fashion-style": (fashion_keras_port, "--width 2 --arch style --conditional")}
+TINY = {script: f"{flags} --batch-size 8 --precision fp32 --device cpu".split()
+        for script, flags in reversed(KINDS.values())}  # of each script the first
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """What a test draws by chance is the same each time."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", params=SCRIPTS, ids=lambda script: script.SCRIPT)
+def script(request):
+    """Each script in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="session", params=KINDS.values(), ids=KINDS)
+def kind(request):
+    """(script, flags) of each game in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory):
+    """A --root, and in it `set`: 40 pictures in four folders, drawn digits on grounds of different colours."""
+    root = tmp_path_factory.mktemp("root")
+    for i in range(40):
+        path = root / "set" / "abcd"[i % 4] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        digit = cgan_residual.draw_picture(10 * (i // 4) + i % 4).resize((48, 40)).convert("RGB")
+        digit.paste((6 * i, 250 - 5 * i, 90), (0, 0, 48, i % 9))
+        digit.save(path)
+    return root
+
+
+def flags(script, root, out, *more):
+    """A command line that trains on the set below `root` in a moment, into the run folder `out`."""
+    return [*TINY[script], "--data", str(root / "set"), "--root", str(root), "--out", str(out), *map(str, more)]
+
+
+@pytest.fixture(scope="session")
+def trained(script, root, tmp_path_factory):
+    """A run folder of the script after three steps, to be read alone."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    script.main(flags(script, root, out, "--steps", 3))
+    return out
+
+
+def load(path):
+    """What a checkpoint.pt or models.pth holds."""
+    return torch.load(path, weights_only=True)
+
+
+def error_line(text):
+    """The one error line that ends what was written to stderr, where progress bars may stand before it."""
+    lines = re.split(r"[\r\n]+", text.strip())
+    assert "Traceback" not in text
+    assert [line for line in lines if "error: " in line] == lines[-1:], text
+    assert lines[-1].startswith("error: ") and len(lines[-1]) > 20, text
+    return lines[-1]
+
+
+@pytest.fixture
+def fails(capfd):
+    """Function that gives the error line of a script's command line, which has to end with status 2."""
+    def run(script, *argv):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            script.main(list(map(str, argv)))
+        assert stop.value.code == 2
+        return error_line(capfd.readouterr().err)
+    return run
