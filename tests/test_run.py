@@ -15,7 +15,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, error_line, flags, load
+from conftest import KINDS, SCRIPTS, TINY, error_line, flags, load
 from PIL import Image
 
 import cspup128
@@ -91,9 +91,9 @@ def test_a_run_leaves_the_whole_folder(script, root, tmp_path, capsys):
         network.load_state_dict(models[name])
 
 
-def test_metrics_are_the_means_of_ten_steps(script, root, tmp_path, monkeypatch):
-    stand_in(monkeypatch, script)
-    script.main(flags(script, root, tmp_path, "--steps", 23))
+def test_metrics_are_the_means_of_ten_steps(root, tmp_path, monkeypatch):
+    stand_in(monkeypatch, dcgan)
+    dcgan.main(flags(dcgan, root, tmp_path, "--steps", 23))
     rows = rows_of(tmp_path)
     assert [(r["step"], r["epoch"], r["images"]) for r in rows] == [(10, 2, 80), (20, 4, 160), (23, 5, 184)]
     assert [r["loss_d"] for r in rows] == [-r["loss_g"] for r in rows] == [5.5, 15.5, 22.0]
@@ -132,8 +132,8 @@ def test_a_run_in_parts_is_the_whole_run_bit_for_bit(kind, root, tmp_path, monke
     same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_resuming_where_there_is_nothing_yet_starts(script, root, tmp_path):
-    script.main(flags(script, root, tmp_path / "run", "--steps", 1, "--resume"))
+def test_resuming_where_there_is_nothing_yet_starts(root, tmp_path):
+    dcgan.main(flags(dcgan, root, tmp_path / "run", "--steps", 1, "--resume"))
     assert load(tmp_path / "run" / "checkpoint.pt")["step"] == 1
 
 
@@ -174,21 +174,19 @@ def test_going_on_as_something_else_is_refused(script, argv, words, trained, roo
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setattr(script.dist, "init_process_group", lambda *given, **options: None)
         monkeypatch.setattr(script.dist, "barrier", lambda: None)
-        argv = "--batch-size 4"
-    if argv == "data":
-        Image.new("L", (30, 30), 99).save(root / "set" / "a" / "new.png")
+    if argv == "data": Image.new("L", (30, 30), 99).save(root / "set" / "a" / "new.png")
     try:
-        more = argv.split() if argv != "data" else []
+        more = argv.split() if argv.startswith("-") else []
         assert words in fails(script, "--resume", "--out", trained, "--steps", 9, *more)
     finally:
         (root / "set" / "a" / "new.png").unlink(missing_ok=True)
     assert (trained / "checkpoint.pt").read_bytes() == before
 
 
-def test_a_resumed_run_keeps_what_it_was_told(script, root, tmp_path):
+def test_a_resumed_run_keeps_what_it_was_told(root, tmp_path):
     """Precision, device and all else that is not given again; what is given again counts."""
-    script.main(flags(script, root, tmp_path, "--steps", 1, "--seed", 5, "--no-augment", "--save-every", 3, "--no-fused"))
-    script.main(["--resume", "--out", str(tmp_path), "--steps", "2", "--ema", "0.5"])
+    dcgan.main(flags(dcgan, root, tmp_path, "--steps", 1, "--seed", 5, "--no-augment", "--save-every", 3, "--no-fused"))
+    dcgan.main(["--resume", "--out", str(tmp_path), "--steps", "2", "--ema", "0.5"])
     config = json.loads((tmp_path / "config.json").read_text())
     kept = [config[name] for name in ("seed", "augment", "save_every", "no_fused", "batch_size", "device", "precision", "ema")]
     assert kept == [5, False, 3, True, 8, "cpu", "fp32", 0.5] and config["used"]["precision"] == "fp32"
@@ -224,7 +222,7 @@ def wait_for_save(running, checkpoint):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("script, number", zip(SCRIPTS, 2 * [signal.SIGINT, signal.SIGTERM]), ids=str)
 def test_a_signal_saves_and_says_how_to_go_on(script, number, root, tmp_path):
     out = tmp_path / "run"
     process = start(script, flags(script, root, out, "--steps", 100000, "--save-every", 0))
@@ -259,16 +257,17 @@ def test_a_run_stopped_in_its_first_steps_is_saved_and_goes_on(script, number, r
     assert load(tmp_path / "checkpoint.pt")["step"] == 4
 
 
-def test_sixteen_kills_change_nothing(kind, root, tmp_path):
-    """SIGKILL at eight moments of a life from its start on, and at eight soon after it has saved; then the end."""
-    script, argv = kind
-    rng, more = random.Random(0), [*argv.split(), "--steps", 60]
+@pytest.mark.parametrize("name, steps", [("dcgan", 150), ("cspup128", 60), ("cgan_residual", 150), ("fashion-dcgan", 150)])
+def test_twelve_kills_change_nothing(name, steps, root, tmp_path):
+    """SIGKILL at six moments of a life from its start on, and at six soon after it has saved; then the end."""
+    script, argv = KINDS[name]
+    rng, more = random.Random(0), [*argv.split(), "--steps", steps]
     out, printed, lives = tmp_path / "killed", tmp_path / "printed.txt", []
     arguments = flags(script, root, out, *more, "--save-every", 0, "--resume")
-    for kill in range(16):
+    for kill in range(12):
         life = fork(script, arguments, printed)
         if kill % 2: wait_for_save(life.is_alive, out / "checkpoint.pt")
-        time.sleep(rng.uniform(0, 0.2 if kill % 2 else 1))
+        time.sleep(rng.uniform(0, 0.1 if kill % 2 else 0.4))
         life.kill()
         life.join()
         lives.append(load(out / "checkpoint.pt")["step"] if (out / "checkpoint.pt").exists() else -1)
@@ -281,9 +280,9 @@ def test_sixteen_kills_change_nothing(kind, root, tmp_path):
     same_run(tmp_path / "whole", out)
 
 
-def test_main_in_a_thread_trains(script, root, tmp_path):
+def test_main_in_a_thread_trains(root, tmp_path):
     """As a web interface calls it: signals are the main thread's, so this one has none."""
-    thread = threading.Thread(target=script.main, args=(flags(script, root, tmp_path, "--steps", 2),))
+    thread = threading.Thread(target=dcgan.main, args=(flags(dcgan, root, tmp_path, "--steps", 2),))
     thread.start()
     thread.join()
     assert load(tmp_path / "checkpoint.pt")["step"] == 2
@@ -299,13 +298,13 @@ def test_interrupted_before_the_first_step_ends_in_one_line(root, tmp_path, monk
 # What goes wrong in training
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_the_run_after_what_is_finite_was_saved(script, value, root, tmp_path, monkeypatch, fails):
+def test_a_loss_that_is_not_finite_stops_the_run_after_what_is_finite_was_saved(value, root, tmp_path, monkeypatch, fails):
     with monkeypatch.context() as patch:
-        stand_in(patch, script, lambda step: value if step == 15 else 1.0)
-        line = fails(script, *flags(script, root, tmp_path, "--steps", 40, "--save-every", 0))
+        stand_in(patch, dcgan, lambda step: value if step == 15 else 1.0)
+        line = fails(dcgan, *flags(dcgan, root, tmp_path, "--steps", 40, "--save-every", 0))
     assert "step 20 is not finite" in line and "--lr" in line and "--precision fp32" in line
     assert load(tmp_path / "checkpoint.pt")["step"] == 10
-    script.main(["--resume", "--out", str(tmp_path), "--steps", "20", "--lr", "1e-5"])
+    dcgan.main(["--resume", "--out", str(tmp_path), "--steps", "20", "--lr", "1e-5"])
     assert load(tmp_path / "checkpoint.pt")["step"] == 20
 
 
@@ -343,13 +342,13 @@ def test_real_pictures_that_are_all_one_colour_or_nearly_black_earn_a_line(low, 
     assert ["one colour" in line for line in dcgan.worries(rows(1), faces(64), real)] == [True] * worried
 
 
-def test_only_the_last_200_steps_count_and_a_run_says_each_worry_once(script, root, tmp_path, monkeypatch, capsys):
+def test_only_the_last_200_steps_count_and_a_run_says_each_worry_once(root, tmp_path, monkeypatch, capsys):
     won, well = rows(20, 0.99, 0.01), rows(20)
-    assert list(script.worries(won + well, faces(64), faces(64))) == list(script.worries(well + won[1:] + well[:1], faces(
+    assert list(dcgan.worries(won + well, faces(64), faces(64))) == list(dcgan.worries(well + won[1:] + well[:1], faces(
         64), faces(64))) == []
-    stand_in(monkeypatch, script)
-    monkeypatch.setattr(script, "worries", lambda *given: ["oh", "no"])
-    script.main(flags(script, root, tmp_path, "--epochs", 3))
+    stand_in(monkeypatch, dcgan)
+    monkeypatch.setattr(dcgan, "worries", lambda *given: ["oh", "no"])
+    dcgan.main(flags(dcgan, root, tmp_path, "--epochs", 3))
     said = "".join(capsys.readouterr())
     assert said.count("warning: oh") == said.count("warning: no") == 1
 
@@ -377,9 +376,9 @@ def test_the_best_device_and_precision_are_taken_and_a_gpu_that_cannot_is_named(
 
 # --logger
 
-def test_tensorboard_holds_what_metrics_csv_holds(script, root, tmp_path):
+def test_tensorboard_holds_what_metrics_csv_holds(root, tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    process = start(script, flags(script, root, tmp_path, "--steps", 12, "--logger", "tensorboard"))
+    process = start(dcgan, flags(dcgan, root, tmp_path, "--steps", 12, "--logger", "tensorboard"))
     text, _ = process.communicate()
     assert process.returncode == 0, text[-500:]
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
@@ -390,16 +389,16 @@ def test_tensorboard_holds_what_metrics_csv_holds(script, root, tmp_path):
         assert found == [(row["step"], pytest.approx(row[name], rel=1e-4)) for row in rows_of(tmp_path)]
 
 
-def test_wandb_gets_the_metrics_and_a_resumed_run_is_the_same_one(script, root, tmp_path, monkeypatch):
+def test_wandb_gets_the_metrics_and_a_resumed_run_is_the_same_one(root, tmp_path, monkeypatch):
     """Through a stand-in: W&B reads what is written for TensorBoard, so what counts is how it is begun."""
     begun, wandb = [], ModuleType("wandb")
     wandb.init = lambda **options: begun.append(options)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    stand_in(monkeypatch, script)
-    script.main(flags(script, root, tmp_path, "--steps", 2, "--logger", "wandb"))
-    script.main(["--resume", "--out", str(tmp_path), "--steps", "4"])
+    stand_in(monkeypatch, dcgan)
+    dcgan.main(flags(dcgan, root, tmp_path, "--steps", 2, "--logger", "wandb"))
+    dcgan.main(["--resume", "--out", str(tmp_path), "--steps", "4"])
     assert len(begun) == 2 and begun[0]["id"] == begun[1]["id"] and begun[1]["resume"] == "allow"
-    assert all(run["project"] == script.SCRIPT and run["sync_tensorboard"] and run["config"]["width"] for run in begun)
+    assert all(run["project"] == dcgan.SCRIPT and run["sync_tensorboard"] and run["config"]["width"] for run in begun)
     assert list((tmp_path / "tensorboard").iterdir())
 
 
@@ -414,15 +413,15 @@ def test_a_logger_that_cannot_begin_ends_in_one_line_before_there_is_a_run_folde
     assert f"--logger {logger}" in line and (module or "no API key") in line and not (tmp_path / "run").exists()
 
 
-def test_what_a_library_raises_is_one_line_and_its_traceback_is_there_for_the_asking(script, root, tmp_path, monkeypatch, fails):
+def test_what_a_library_raises_is_one_line_and_its_traceback_is_there_for_the_asking(root, tmp_path, monkeypatch, fails):
     def broken(step):
         raise ValueError("first line\nsecond line")
-    stand_in(monkeypatch, script, act=broken)
-    line = fails(script, *flags(script, root, tmp_path))
+    stand_in(monkeypatch, dcgan, act=broken)
+    line = fails(dcgan, *flags(dcgan, root, tmp_path))
     assert "ValueError: first line" in line and "GAN_DEBUG=1" in line
     monkeypatch.setenv("GAN_DEBUG", "1")
     with pytest.raises(ValueError, match="second line"):
-        script.main(flags(script, root, tmp_path))
+        dcgan.main(flags(dcgan, root, tmp_path))
 
 
 @pytest.mark.parametrize("limit, what", [(3000, "packing"), (30_000, "saving")])
