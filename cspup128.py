@@ -201,29 +201,25 @@ DRAWN = [f"{i}.png" for i in range(4096)]  # the pictures of --data synthetic
 
 def draw_picture(index):
     """Face number `index` of --data synthetic: always the same one."""
-    rng, tone = random.Random(index), random.Random(-1 - index).random()
-    image = Image.new("RGB", (256, 256), tuple(rng.randint(30, 230) for _ in range(3)))
-    skin = tuple(int(a + (b - a) * tone) for a, b in ((95, 255), (58, 219), (40, 186)))
+    rng, side = random.Random(index), 256
+    image = Image.new("RGB", (side, side), tuple(rng.randint(30, 230) for _ in range(3)))
+    skin = rng.choice([(255, 219, 186), (232, 184, 144), (176, 126, 92), (110, 72, 50)])
     hair = rng.choice([(25, 20, 18), (72, 45, 26), (122, 82, 45), (196, 160, 96), (130, 126, 124)])
-    places = (118, 138), (133, 146), (54, 66), (74, 87), (-0.12, 0.12)
-    x, y, w, h, turn = (rng.uniform(*ends) for ends in places)
+    x, y, w, h = (rng.uniform(*ends) for ends in ((118, 138), (133, 146), (54, 66), (74, 87)))
 
     def oval(dx, dy, rx, ry, colour, ends=(0, 360)):  # in half axes of the face, from its middle
         box = x + (dx - rx) * w, y + (dy - ry) * h, x + (dx + rx) * w, y + (dy + ry) * h
         ImageDraw.Draw(image).chord(box, *ends, fill=colour)
 
     oval(0, 1.9, 1.9, 0.9, tuple(rng.randint(20, 220) for _ in range(3)))  # shoulders
-    oval(0, 0.2, 1.35, rng.choice([0.9, 1.35]), hair)
-    oval(0, 0.9, 0.42, 0.5, tuple(v * 3 // 4 for v in skin))  # neck
-    oval(0, -0.3, 1.14, 0.9, hair)
+    oval(0, 0.1, 1.25, rng.choice([0.9, 1.35]), hair)
     oval(0, 0, 1, 1, skin)
     oval(0, -0.35, 1, rng.uniform(0.68, 0.85), hair, (180, 360))
-    iris, brow = rng.choice([(60, 40, 25), (50, 90, 140), (70, 110, 60)]), rng.uniform(0.2, 0.27)
-    for side in (turn - 0.42, turn + 0.42):
-        oval(side, -0.1, 0.2, 0.085, (245, 245, 245))
-        oval(side + turn / 3, -0.1, 0.09, 0.08, iris)
-        oval(side, -0.1 - brow, 0.22, 0.03, hair)
-    oval(turn * 1.5, 0.22, 0.13, 0.1, tuple(v * 3 // 4 for v in skin))  # nose
+    turn, iris = rng.uniform(-0.12, 0.12), rng.choice([(60, 40, 25), (50, 90, 140), (70, 110, 60)])
+    for eye in (turn - 0.42, turn + 0.42):
+        oval(eye, -0.1, 0.2, 0.085, (245, 245, 245))
+        oval(eye + turn / 3, -0.1, 0.09, 0.08, iris)
+        oval(eye, -0.34, 0.22, 0.03, hair)
     oval(turn, 0.52, rng.uniform(0.3, 0.46), rng.uniform(0.06, 0.16), (175, 60, 70), (0, 180))
     return image
 
