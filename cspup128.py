@@ -226,6 +226,9 @@ def draw_picture(index):
 def settle(args, pack, names):
     """What the flags left open, now that the pictures are known; returns what a step needs besides them."""
     if args.augment is None: args.augment = len(pack) < 2000
+    if args.gamma < 0: fail("--gamma begins at 0")
+    for name in ("loss", "gamma", "up") if args.recipe == "exact" else ():
+        if getattr(args, name) != RECIPES["exact"][name]: fail(f"--scheme exact leaves no choice of --{name}")
     return []
 
 def draw_z(args, count):
