@@ -513,6 +513,17 @@ def sample(generator, z):
     pictures = (generator(part.to(next(generator.parameters()).device)).float() for part in z.split(64))
     return torch.cat([part.mul(127.5).add(128).clamp(0, 255).byte().cpu() for part in pictures])
 
+@torch.no_grad()
+def settle_norms(generator, z):
+    """Batch norm's statistics of an averaged generator, anew from z (N,...) in four batches: those of its own
+    weights are not the average of the others'."""
+    norms = [module for module in generator.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms: norm.train().reset_running_stats()
+    for i in range(4):  # a quarter of each class
+        for norm in norms: norm.momentum = 1 / (i + 1)
+        generator(z[i::4].to(next(generator.parameters()).device))
+    generator.eval()
+
 def to_grid(images, columns=PER_ROW):
     """uint8 N,C,H,W as one PIL picture."""
     return Image.fromarray(torchvision.utils.make_grid(images, columns).permute(1, 2, 0).numpy())
@@ -647,7 +658,7 @@ def train(args, saved):
         sums.add_(torch.stack([loss_d, loss_g, *(logit.sigmoid().mean() for logit in logits)]).detach())
         weight = 1 - torch.clamp(0.5 ** (10 / at), max=args.ema)  # a half-life of a tenth of the steps so far
         for average, value in zip(nets.ema.state_dict().values(), G.state_dict().values()):
-            if value.is_floating_point(): average.lerp_(value, weight)  # batch norm's statistics too
+            if value.is_floating_point(): average.lerp_(value, weight)
     # Run folder
     if rank == 0:
         print(*(f"{name} {value}" for name, value in args.used.items()), f"into {out}", sep="; ", flush=True)
@@ -692,14 +703,16 @@ def train(args, saved):
             for name, value in zip(COLUMNS[4:], values) if args.logger and rank == 0 else ():
                 writer.add_scalar(name, value, step)
             if since == LOG_EVERY: sums.zero_()
-        if rank == 0 and (step % steps == 0 or step == last or stop):
+        ends, due = step % steps == 0, time.monotonic() - saved_at > 60 * args.save_every and since == LOG_EVERY
+        if args.ema and rank == 0 and (ends or due or stop or step == last):
+            settle_norms(nets.ema, draw_z(args, 256))
+        if rank == 0 and (ends or stop or step == last):
             fake = sample(nets.ema, fixed)
             write(out / "samples" / f"epoch_{epoch:04d}.png", to_grid(fake).save)
             for worry in set(worries(rows, fake, real)) - warned:
                 warned.add(worry)
                 bar.write(f"warning: {worry}")
-        due = since == LOG_EVERY and time.monotonic() - saved_at > 60 * args.save_every  # known finite
-        if rank == 0 and (due or stop or step == last):
+        if rank == 0 and (due or stop or step == last):  # after a reading: the losses are known to be finite
             states, saved_at = {name: part.state_dict() for name, part in parts.items()}, time.monotonic()
             models = dict(Generator=states["ema"], Discriminator=states["D"], config=vars(args))
             run = dict(models, **states, step=step, sums=sums, rows=torch.tensor(rows, dtype=torch.float64))
