@@ -539,16 +539,16 @@ def train(args, saved):
             for name, value in zip(COLUMNS[4:], values) if args.logger and rank == 0 else ():
                 writer.add_scalar(name, value, step)
             if since == LOG_EVERY: sums.zero_()
-        ends, due = step % steps == 0, time.monotonic() - saved_at > 60 * args.save_every and since == LOG_EVERY
-        if args.ema and rank == 0 and (ends or due or stop or step == last):
-            settle_norms(nets.ema, draw_z(args, 256))
-        if rank == 0 and (ends or stop or step == last):
+        ends = step % steps == 0 or step == last or stop
+        due = since == LOG_EVERY and time.monotonic() - saved_at > 60 * args.save_every  # known finite
+        if args.ema and rank == 0 and (ends or due): settle_norms(nets.ema, draw_z(args, 256))
+        if rank == 0 and ends:
             fake = sample(nets.ema, fixed)
             write(out / "samples" / f"epoch_{epoch:04d}.png", to_grid(fake).save)
             for worry in set(worries(rows, fake, real)) - warned:
                 warned.add(worry)
                 bar.write(f"warning: {worry}")
-        if rank == 0 and (due or stop or step == last):  # after a reading: the losses are known to be finite
+        if rank == 0 and (due or stop or step == last):
             states, saved_at = {name: part.state_dict() for name, part in parts.items()}, time.monotonic()
             models = dict(Generator=states["ema"], Discriminator=states["D"], config=vars(args))
             run = dict(models, **states, step=step, sums=sums, rows=torch.tensor(rows, dtype=torch.float64))
