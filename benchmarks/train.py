@@ -1,128 +1,113 @@
-"""python benchmarks/train.py: images/second of training, our way against the usual way; --script dcgan: of that one.
+"""python benchmarks/train.py --script dcgan: images a second of training, our way against the usual way.
 
-Both, and ours without gan_ops where that is installed, train the same networks on the same pictures, in one process
-and in turn, a round of one after a round of the other. Ours is what the script does: its pack, its precision,
-channels_last, fused Adam, gan_ops where installed, a CUDA graph on CUDA, and its averaged generator (and flips, where
-it has them) besides. The usual way is that of PyTorch's DCGAN example: a DataLoader over JPEG files (of MNIST for
-cgan_residual, as torchvision has it), eager fp32 with torch's own settings, contiguous, plain Adam, .item() of both
-losses at each step. Flags not listed below go to the script: --width (its default), --batch-size (here 32; dcgan and
-cgan_residual 64), --recipe (here classic), --device, --precision, ...
+Each round runs each side once, one after the other, in a process of its own: the same networks, losses and
+batch size on the same pictures. Figures are the median, lowest and highest of the rounds' ratios.
+- ours: the script as it is, its averaged generator and flips included, without augmentation.
+- without gan_ops: the same with --no-fused, where gan_ops is installed.
+- memory kept (--keep-memory): ours, where the C library keeps freed memory, not giving it back to Linux.
+- usual: PyTorch's DCGAN example. A DataLoader with workers over torchvision's ImageFolder of JPEG files,
+  MNIST or FashionMNIST; eager fp32 with torch's own settings, contiguous, activations in place, plain Adam,
+  .item() of both losses at each step.
+Flags not listed below go to the script: --width, --batch-size (64; cspup128 and fashion_keras_port 32),
+--device, ... Unless they say otherwise dcgan has --recipe classic, cspup128 --loss logits --gamma 0.
 """
-import argparse, functools, itertools, json, statistics, tempfile, time
+import argparse, functools, importlib, itertools, json, os, platform, random, shlex, statistics, subprocess
+import sys, tempfile, time
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image
+import torch.distributed as dist
+import torchvision
+from PIL import Image, ImageOps
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from pack import machine, picture_folder, read_flags
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the scripts are
+FLAGS = {  # by script: what is measured, where flags given do not say otherwise
+    "dcgan": ["--recipe", "classic"],
+    "cspup128": ["--batch-size", "32", "--loss", "logits", "--gamma", "0"],
+    "cgan_residual": [], "fashion_keras_port": []}
+DIGITS = dict(mnist=torchvision.datasets.MNIST, fashion=torchvision.datasets.FashionMNIST)
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+KEEP = dict(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="8589934592")  # for glibc, read as a process starts
 
+# For all benchmarks
+def fail(message):
+    """End with one line, for what the user can mend."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
-def as_example(size):
-    """The DCGAN example's way from a PIL picture to a tensor."""
-    return transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size), transforms.ToTensor(),
-                               transforms.Normalize([0.5], [0.5])])
+def machine():
+    """The processor, the GPU if there is one, the versions and the command, as a dict."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else ()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    about = dict(cpu=names[0] if names else platform.processor() or platform.machine(), cores=CORES)
+    if torch.cuda.is_available(): about["gpu"] = torch.cuda.get_device_name()
+    return dict(about, python=platform.python_version(), torch=str(torch.__version__),
+                command=shlex.join(["python", *sys.argv]))
 
+def start_parser(doc, script=None):
+    """An argparse parser with --rounds, --json and, where `script` is the default one, --script."""
+    about = dict(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(**about)
+    parser.error, add = fail, parser.add_argument
+    if script: add("--script", choices=FLAGS, default=script, help=f"what is measured ({script})")
+    add("--rounds", type=int, default=3, help="turns of each side (3)")
+    add("--json", type=Path, help="write all figures there")
+    return parser
 
-class Pictures(Dataset):
-    """Picture files, opened, cropped and normalised as the DCGAN example does it."""
-    def __init__(self, files, size, channels):
-        self.files, self.mode, self.transform = files, "RGB" if channels == 3 else "L", as_example(size)
+def show(about):
+    """Print a dict in one line."""
+    print(*(f"{name} {value}" for name, value in about.items()), sep="; ", flush=True)
 
-    def __len__(self):
-        return len(self.files)
+def save(path, figures):
+    """Write figures as JSON, if a path is given."""
+    if path: path.write_text(json.dumps(figures, indent=1) + "\n")
 
-    def __getitem__(self, index):
-        with Image.open(self.files[index]) as image:
-            return self.transform(image.convert(self.mode))
+def compare(ours, theirs):
+    """[median, lowest, highest] of the ratios of two lists of rounds' figures."""
+    ratios = [a / b for a, b in zip(ours, theirs)]
+    return [statistics.median(ratios), min(ratios), max(ratios)]
 
+def make_pictures(script, folder, count):
+    """Write `count` pictures that the script draws into the folder as JPEG, those of no class into drawn/.
 
-def make_ours(script, args, device, precision, rank=0, world=1):
-    """(a function that opens a source of batches, one that trains on one and returns its losses, the generator)."""
-    pack, numbers = script.load_pack(args), itertools.count(1)
-    kept, _ = script.hold_out(args, len(pack))
-    if len(kept) < args.batch_size * world:
-        raise script.UserError(f"a batch of {args.batch_size * world} is more than the {len(kept)} pictures")
-    args.augment = "none" if args.augment == "auto" else args.augment  # the usual way has none
-    labels = script.settle(args, pack, 1)
-    nets = script.build(args, device, precision)
-    run_step = functools.partial(script.train_step, nets, args)
-    run_step = script.captured(run_step, device.type == "cuda" and precision != "fp16")
-    source = script.batches(pack, kept, args, device, rank, world, 0, labels)
+    Faces have the size of aligned CelebA's, and blurred noise, which gives their files the size, and so the
+    time to decode, of photographs. Others are flat, of 64 to 150 pixels a side as those found online.
+    """
+    for index, name in enumerate(script.DRAWN[:count]):
+        faces, side = script.SCRIPT == "cspup128", random.Random(index).randint(64, 150)
+        image = ImageOps.fit(script.draw_picture(index), (178, 218) if faces else (side, side))
+        if faces:
+            noise = np.random.default_rng(index).normal(0, 3, (218 // 2, 178 // 2)).astype(np.float32)
+            noise = np.asarray(Image.fromarray(noise).resize(image.size, Image.BICUBIC))[..., None]
+            image = Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
+        file = Path(folder, name if "/" in name else f"drawn/{name}").with_suffix(".jpg")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        image.save(file, quality=90)
 
-    def step(batch):
-        run_step((*batch, *script.draws(args, next(numbers), device, rank, world)), True)
-        return nets.last[:2]
-    return lambda: source, step, nets.ema
+def measure(script, side, flags, steps=None, processes=1, **environment):
+    """One side's round, in as many processes of its own as `processes`: its figures as a dict (see work)."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder, "result.json")
+        launch = f"-m torch.distributed.run --standalone --nproc-per-node={processes} " * (processes > 1)
+        mine = ["--script", script, "--side", side, "--json", str(result), "--steps", str(steps or 0)]
+        command = [sys.executable, *launch.split(), __file__, *mine, *flags, "--out", f"{folder}/run"]
+        done = subprocess.run(command, env=dict(os.environ, **environment), capture_output=True, text=True)
+        if not result.exists():
+            lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+            fail(lines[0][7:] if lines else f"{shlex.join(command)} failed:\n{done.stderr}")
+        return json.loads(result.read_text())
 
-
-class Contiguous(nn.Module):
-    """x, contiguous."""
-    def forward(self, x):
-        return x.contiguous()
-
-
-def as_usual(script, network):
-    """The same network as the DCGAN example would write it: torch's batch norm, activations in place, contiguous."""
-    if hasattr(network, "project"):  # gives its feature map channels_last, where a view would be the usual way
-        network.layers.insert(0, Contiguous())
-    for module in list(network.modules()):
-        for name, child in module.named_children():
-            if type(child) is script.BatchNormLeakyReLU:
-                norm = nn.BatchNorm2d(child.num_features)
-                norm.load_state_dict(child.state_dict())
-                activation = nn.LeakyReLU(child.slope, inplace=True) if child.slope else nn.ReLU(inplace=True)
-                setattr(module, name, nn.Sequential(norm, activation))
-            elif isinstance(child, nn.LeakyReLU):
-                child.inplace = True
-    return network
-
-
-def make_usual(script, args, device, workers):
-    """The same three of the usual way; its worker processes live for one round, so they never slow ours down."""
-    torch.manual_seed(args.seed)  # and so the weights that ours begins with
-    g, d = (as_usual(script, net).to(device) for net in script.make_networks(args))
-    adam = functools.partial(torch.optim.Adam, betas=(args.beta1, 0.999), fused=False)
-    opt_g, opt_d, criterion = adam(g.parameters(), args.lr), adam(d.parameters(), args.d_lr), nn.BCEWithLogitsLoss()
-    if args.data[0] in script.DIGITS:
-        data = script.DIGITS[args.data[0]](args.root, transform=as_example(args.size))
-    else:
-        data = Pictures([Path(args.data[0], name) for name in script.list_pictures(args)[1]], args.size, args.channels)
-    endless = (i for _ in itertools.count() for i in torch.randperm(len(data)).tolist())  # no pause between two epochs
-    loader = DataLoader(data, args.batch_size, sampler=endless, num_workers=workers, drop_last=True)
-
-    def step(batch):
-        real, *labels = (part.to(device) for part in (batch if isinstance(batch, list) else [batch]))
-        z = torch.randn(len(real), script.Z, device=device)
-        judge = d
-        if labels:  # a conditional model
-            one_hot = nn.functional.one_hot(labels[0], len(args.names)).float()
-            z, judge = torch.cat([one_hot, z], 1), lambda x: d(x, one_hot, logits=True).flatten()
-        ones, zeros = torch.ones(len(real), device=device), torch.zeros(len(real), device=device)
-        d.zero_grad()
-        loss_real = criterion(judge(real), ones)
-        loss_real.backward()
-        fake = g(z)
-        loss_fake = criterion(judge(fake.detach()), zeros)
-        loss_fake.backward()
-        opt_d.step()
-        g.zero_grad()
-        loss_g = criterion(judge(fake), ones)
-        loss_g.backward()
-        opt_g.step()
-        return (loss_real + loss_fake).item(), loss_g.item()
-    return lambda: iter(loader), step, g
-
-
-def lengths(device, steps=None):
-    """(steps that warm up, timed steps in a round, unless `steps` says); ours captures its graph at the 4th call."""
-    return (10, steps or 50) if device.type == "cuda" else (1, steps or 4)
-
-
-def measure(source, step, warm, steps, device):
-    """Seconds that `steps` steps take after `warm` ones, and the seconds of these spent on waiting for batches."""
+# One side of one round
+def timed(source, device, steps, report):
+    """Yield `steps` batches of `source` (0: 50 on CUDA, else 4) after some that warm up; then report(steps,
+    seconds, share of these that was spent on waiting for batches)."""
+    warm, steps = (10, steps or 50) if device.type == "cuda" else (2, steps or 4)  # the 4th makes a graph
     wait_for_device, waited = getattr(torch, device.type).synchronize, 0.0
     for number in range(warm + steps):
         if number == warm:
@@ -130,71 +115,146 @@ def measure(source, step, warm, steps, device):
             began, waited = time.perf_counter(), 0.0
         asked, batch = time.perf_counter(), next(source)
         waited += time.perf_counter() - asked
-        step(batch)
+        yield batch
     wait_for_device()
-    return time.perf_counter() - began, waited
+    seconds = time.perf_counter() - began
+    report(steps, seconds, waited / seconds)
 
+def time_ours(script, flags, steps, report):
+    """Have the script train, and end it after the timed steps."""
+    batches, load_pack, world = script.batches, script.load_pack, int(os.environ.get("WORLD_SIZE", 1))
 
-def compare(script, args, options):
-    """Run the rounds and print them; returns all figures as a dict."""
-    device, precision, _ = script.pick_device(args)
-    cuda, fused = device.type == "cuda", script.use_gan_ops(device, not args.no_fused)
-    warm, steps = lengths(device, options.steps)
-    about = dict(machine(), script=script.SCRIPT, threads=torch.get_num_threads(), device=str(device),
-                 precision=precision, gan_ops=fused, width=args.width, batch=args.batch_size, steps=steps, warm=warm,
-                 workers=options.workers)
-    print(*(f"{name} {value}" for name, value in about.items()), sep="; ", flush=True)
-    names = ["ours", *["without gan_ops"] * (fused == "serves"), "usual"]
-    sides, rates, waits, peaks = {}, {name: [] for name in names}, {name: [] for name in names}, {}
-    for number, name in itertools.product(range(options.rounds), rates):
-        script.use_gan_ops(device, name == "ours" and not args.no_fused)
-        held = torch.cuda.memory_allocated() if cuda else 0
-        torch.cuda.reset_peak_memory_stats() if cuda else None
-        if number == 0 and name == "usual":
-            sides[name] = make_usual(script, args, device, options.workers)
-        elif number == 0:
-            sides[name] = make_ours(script, args, device, precision)
-        start, step, _ = sides[name]
-        seconds, waited = measure(start(), step, warm, steps, device)
-        if cuda and number == 0:  # later rounds replay a graph, which the counter does not see
-            peaks[name] = (torch.cuda.max_memory_allocated() - held) / 2**20
-        rates[name].append(steps * args.batch_size / seconds)
-        waits[name].append(waited / seconds)
-        print(f"round {number + 1}: {name:15} {rates[name][-1]:9.2f} images/s, "
-              f"{waits[name][-1]:6.2%} of it waiting for data", flush=True)
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    for name in sides:
-        memory = f", peak CUDA memory {peaks[name]:.0f} MiB" if peaks else ""
-        print(f"median: {name:15} {medians[name]:9.2f} images/s{memory}")
-    ratios = {name: medians["ours"] / medians[name] for name in names[1:]}
-    for name, ratio in ratios.items():
-        single = [f"{a / b:.2f}" for a, b in zip(rates["ours"], rates[name])]
-        print(f"ours to {name}: ratio of the medians {ratio:.2f}; of the single rounds:", *single)
-    return dict(about, images_per_second=rates, waiting=waits, peak_cuda_mib=peaks, median=medians, ratios=ratios)
+    def timed_batches(arrays, args, device, *place):
+        source = batches(arrays, args, device, *place)
+        yield from timed(source, device, steps, functools.partial(report, args))
+        if dist.is_initialized(): dist.barrier()
+        raise SystemExit  # which the script lets pass
 
+    def repeated(args):  # an epoch longer than a round, so that no samples are made meanwhile
+        pack, names = load_pack(args)
+        pick = np.arange(max(len(pack), args.batch_size * world * (11 + (steps or 50)))) % len(pack)
+        return (pack, names) if len(pick) == len(pack) else (pack[pick], [names[i] for i in pick])
+    script.batches, script.load_pack = timed_batches, repeated
+    script.main([*flags, "--no-augment", "--save-every", "1000"])
+
+def as_usual(script, network):
+    """The network as the DCGAN example would write it: torch's batch norm, activations in place."""
+    if hasattr(network, "project"):  # gives its feature map channels_last, a view would be the usual way
+        network.layers.register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(),))
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if type(child) is script.BatchNormLeakyReLU:
+                norm = nn.BatchNorm2d(child.num_features, child.eps, child.momentum)
+                activation = nn.LeakyReLU(child.slope, inplace=True) if child.slope else nn.ReLU(inplace=True)
+                norm.load_state_dict(child.state_dict())
+                setattr(module, name, nn.Sequential(norm, activation))
+            elif isinstance(child, nn.BatchNorm1d):  # Keras's order
+                norm = nn.BatchNorm1d(child.num_features, child.eps, child.momentum)
+                setattr(module, name, nn.Sequential(nn.LeakyReLU(0.2, inplace=True), norm))
+            elif isinstance(child, nn.LeakyReLU):
+                child.inplace = True
+    return network
+
+def usual_data(args, workers):
+    """A DataLoader over pictures and labels without end, as the DCGAN example has it."""
+    steps = transforms.Resize(args.size), transforms.CenterCrop(args.size), transforms.ToTensor()
+    way = transforms.Compose([*[transforms.Grayscale()] * (args.channels == 1), *steps,
+                              transforms.Normalize([0.5], [0.5])])
+    if args.data in DIGITS: data = DIGITS[args.data](args.root, transform=way, download=True)
+    else: data = torchvision.datasets.ImageFolder(args.data, way)
+    endless = (i for _ in itertools.count() for i in torch.randperm(len(data)).tolist())  # no pause between
+    return DataLoader(data, args.batch_size, sampler=endless, num_workers=workers, drop_last=True)
+
+def time_usual(script, flags, steps, workers, report):
+    """Train in the usual way, in as many parts a step as the script: one more for the Keras port."""
+    args, _ = script.parse(flags)
+    device, _ = script.pick_device(args)
+    loader, keras = usual_data(args, workers), script.SCRIPT == "fashion_keras_port"
+    conditional = getattr(args, "conditional", "names" in args)
+    if conditional: args.names = loader.dataset.classes
+    torch.manual_seed(args.seed)
+    g, d = (as_usual(script, net).to(device) for net in script.make_networks(args))
+    opt_g = torch.optim.Adam(g.parameters(), args.lr, args.betas, fused=False)
+    opt_d = torch.optim.Adam(d.parameters(), args.d_lr, args.betas, fused=False)
+    criterion, args.used = nn.BCEWithLogitsLoss(), dict(device=str(device), precision="fp32")
+    batches = timed(iter(loader), device, steps, functools.partial(report, args))
+    for real, labels in ((x.to(device), labels.to(device)) for x, labels in batches):
+        one_hot = [F.one_hot(labels, len(args.names)).float()] if conditional else []
+
+        def judge(x):
+            return d(x, *one_hot, logits=True).flatten() if "names" in args else d(x)
+
+        def make():
+            return g(torch.cat([*one_hot, torch.randn(len(real), script.Z, device=device)], 1))
+        ones, zeros = torch.ones(len(real), device=device), torch.zeros(len(real), device=device)
+        d.zero_grad()
+        loss_real = criterion(judge(real), ones)
+        loss_real.backward()
+        if keras:  # a step for the real ones, and one for those of the generator in inference mode
+            opt_d.step()
+            d.zero_grad()
+            g.eval()
+        with torch.set_grad_enabled(not keras): fake = make()
+        loss_fake = criterion(judge(fake.detach()), zeros)
+        loss_fake.backward()
+        opt_d.step()
+        g.train().zero_grad()
+        loss_g = criterion(judge(make() if keras else fake), ones)
+        loss_g.backward()
+        opt_g.step()
+        (loss_real + loss_fake).item(), loss_g.item()
+
+def work(options, flags):
+    """Be one side of one round: write its figures into the file --json."""
+    script, world = importlib.import_module(options.script), int(os.environ.get("WORLD_SIZE", 1))
+
+    def report(args, steps, seconds, waiting):
+        about = {name: args.used[name] for name in ("device", "precision", "gan_ops") if name in args.used}
+        about |= dict(width=args.width, batch=args.batch_size, threads=torch.get_num_threads(), steps=steps)
+        peak = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
+        rate = world * steps * args.batch_size / seconds
+        if int(os.environ.get("RANK", 0)) == 0:
+            save(options.json, dict(images_per_second=rate, waiting=waiting, peak_cuda_mib=peak, about=about))
+    if options.side == "usual": time_usual(script, flags, options.steps, options.workers, report)
+    else: time_ours(script, flags, options.steps, report)
 
 def main():
-    about = dict(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser = argparse.ArgumentParser(**about)
+    parser = start_parser(__doc__, "dcgan")
     add = parser.add_argument
-    add("--data", help="a folder of pictures; synthetic: 512 drawn ones; mnist or fashion (the script's own)")
+    add("--data", help="a folder of folders of pictures, mnist, fashion, synthetic: 512 drawn (the script's)")
     add("--root", default="data", help="folder of mnist and fashion (data)")
-    add("--steps", type=int, help="timed steps in a round (4; on CUDA 50)")
-    add("--rounds", type=int, default=3)
+    add("--steps", type=int, default=0, help="timed steps in a round (4; on CUDA 50)")
     add("--workers", type=int, default=2, help="of the usual way's DataLoader (2)")
-    add("--json", type=Path, help="write the results there")
-    script, options, others = read_flags(parser, classes=True)
+    add("--keep-memory", action="store_true", help="ours with freed memory kept, too")
+    add("--side", help=argparse.SUPPRESS)
+    options, flags = parser.parse_known_args()
+    flags = FLAGS[options.script] + flags
+    flags += ["--root", options.root, *(["--data", options.data] if options.data else [])]
+    if options.side: return work(options, flags)
+    script = importlib.import_module(options.script)
+    args, _ = script.parse(flags)
     with tempfile.TemporaryDirectory() as folder:
-        data = picture_folder(script, options.data or script.DATA, folder)
-        root = options.root if data in script.DIGITS else folder
-        try:
-            args, _ = script.parse([*others, "--data", data, "--root", root])
-            result = compare(script, args, options)
-        except script.UserError as error:
-            parser.error(str(error))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
-
+        if args.data == "synthetic":
+            args.data, args.root = f"{folder}/pictures", folder
+            make_pictures(script, args.data, 512)
+        flags += ["--data", args.data, "--root", args.root, "--workers", str(options.workers)]
+        sides = {"ours": ("ours", flags, {})}
+        if script.FUSED and not args.no_fused: sides["without gan_ops"] = "ours", [*flags, "--no-fused"], {}
+        if options.keep_memory: sides["memory kept"] = "ours", flags, KEEP
+        sides["usual"] = "usual", flags, {}
+        show(about := machine())
+        rounds = {name: [] for name in sides}
+        for number, (name, (side, given, kept)) in itertools.product(range(options.rounds), sides.items()):
+            found = measure(options.script, side, given, options.steps, **kept)
+            if not number: show({"side": name} | found["about"])
+            rounds[name].append(found)
+            print(f"round {number + 1}: {name:15} {found['images_per_second']:9.2f} images/s, "
+                  f"{found['waiting']:6.2%} of it waiting for data", flush=True)
+    rates = {name: [found["images_per_second"] for found in rows] for name, rows in rounds.items()}
+    ratios = {f"ours to {name}": compare(rates["ours"], rates[name]) for name in sides if name != "ours"}
+    if options.keep_memory: ratios["memory kept to ours"] = compare(rates["memory kept"], rates["ours"])
+    for name, ratio in ratios.items(): print("{}: {:.2f} times ({:.2f} to {:.2f})".format(name, *ratio))
+    save(options.json, dict(about, script=options.script, rounds=rounds, ratios=ratios))
 
 if __name__ == "__main__":
     main()
