@@ -6,15 +6,14 @@ networks at the same batch size on the same pictures, ours as in train.py, Keras
 compile() and train_on_batch() have by themselves, in fp32. A step of it makes pictures by `predict(noise,
 verbose=0)` as published, or else by calling the model; then the discriminator's train_on_batch with these and
 with real ones, of an array in memory by random index, and combined.train_on_batch with new noise, where the
-discriminator is frozen. It is checked that each network moves when it should. TensorFlow is best installed in
-an environment of its own.
+discriminator is frozen. It is checked that each network moves when it should, and only then.
 
 plain: quality after equal time. The plain one is the best-known such script as published: fully connected, an
 embedding of the label beside noise and picture, batch norm whose eps is 0.8, least squares, Adam at 2e-4, 64
 a batch, a DataLoader in the main process, 28x28 pixels. Both train on MNIST in turn, a slice of one after a
-slice of the other; steps and waiting for data count. After each slice the classifier of tools/evaluate.py
-reads 10,000 pictures of each, with the labels of the test set. The plain generator is judged in training
-mode, as its script samples, and in evaluation mode; the better one counts.
+slice of the other; only the time of training counts. After each slice the classifier of
+tools/evaluate.py reads 10,000 pictures of each, with the labels of the test set. The plain generator is
+judged in training mode, as its script samples, and in evaluation mode; the better one counts.
 
 Flags not listed below go to the script: --root, --width, --precision, --seed, --no-fused, ...
 """
@@ -27,7 +26,6 @@ if not CHILD:
     import importlib, itertools, shutil, signal, subprocess, tempfile
     from pathlib import Path
     from unittest import mock
-
     import torch
     from torch import nn
     from torch.utils.data import DataLoader
@@ -93,7 +91,6 @@ def serve(order):
     """Train as the order (JSON) says and print the figures in the last line, as JSON."""
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
     import keras
-    from importlib.metadata import version
     order = json.loads(order)
     pictures = np.load(order["pictures"]) / np.float32(127.5) - 1
     step = keras_step(pictures, order["width"], order["batch"], order["side"])
@@ -102,7 +99,7 @@ def serve(order):
     for _ in range(order["steps"]): step()
     rate = order["steps"] * order["batch"] / (time.perf_counter() - began)
     beneath, precision = keras.backend.backend(), keras.config.dtype_policy().name
-    about = dict(keras=keras.__version__, precision=precision, **{beneath: version(beneath)})
+    about = dict(keras=keras.__version__, precision=precision, **{beneath: sys.modules[beneath].__version__})
     print(json.dumps(dict(images_per_second=rate, about=about)))
 
 def measure_keras(options, device, **order):
@@ -233,8 +230,7 @@ def compare_plain(script, options, flags):
         labels, order = test.targets.sort()
         real, rows = read(classifier, test.data[order, None])[0], []
         floor = frechet(read(classifier, known[0])[0], real)
-        about = dict(floor=floor, seed=args.seed, batch=args.batch_size, width=args.width, device=str(device))
-        show(about)
+        show(about := dict(floor=floor, seed=args.seed, width=args.width, device=str(device)))
         noise = torch.randn(len(labels), script.Z, generator=torch.Generator().manual_seed(args.seed))
         z, made = torch.cat([nn.functional.one_hot(labels, 10).float(), noise], 1), {}
         torch.manual_seed(args.seed)

@@ -19,14 +19,13 @@ def draw(path, title, rates):
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     figure.suptitle(title)
     for axes, (kind, by_size) in zip(figure.subplots(1, 2), rates.items()):
-        axes.plot(list(by_size), list(map(statistics.median, by_size.values())), "o-", label="median")
+        axes.plot(list(by_size), list(map(statistics.median, by_size.values())), "o-")
         for size, values in by_size.items():
             axes.plot([size] * len(values), values, ".", color="tab:blue", alpha=0.4)
-        axes.set(title=f"by {kind}", xlabel=kind, ylabel="images/second", xscale="log", ylim=0)
+        axes.set(title=f"by {kind}", xlabel=kind, ylabel="images/second, by medians", xscale="log", ylim=0)
         axes.set_xticks(list(by_size), list(map(str, by_size)), minor=False)
         axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3)
-        axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
