@@ -1,0 +1,94 @@
+"""Pictures that show what trained generators have learnt.
+
+    python tools/explore.py walk runs/dcgan --save walk.gif         # through z, in a circle; or .png, in rows
+    python tools/explore.py classes runs/cgan_residual              # one noise in each row, through all classes
+    python tools/explore.py table runs/forest runs/mountain         # for each run real, early and late pictures
+
+`walk` and `classes` take a run folder, a models.pth or a checkpoint.pt; `table` takes run folders.
+"""
+import argparse, functools, math
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+
+from common import fail, guarded, load
+
+def walk(options):
+    """--count pictures on a circle of --steps through z, keeping their classes: a .gif or, in rows, a .png."""
+    path = options.save or Path("walk.gif")
+    if path.suffix not in (".gif", ".png"): fail(f"--save {path}: a walk is a .gif or a .png")
+    if min(options.steps, options.count) < 2: fail("a walk takes two --steps and two pictures at least")
+    script, args, _, generator = load(options.run, seed=options.seed, device=options.device)
+    a = script.draw_z(args, options.count)
+    args.seed += 1
+    b = script.draw_z(args, options.count)
+    held = a == b  # the one-hot class
+    turns = [2 * math.pi * step / options.steps for step in range(options.steps)]
+    circle = (math.cos(turn) * a + math.sin(turn) * b for turn in turns)  # as long as a and b all the way
+    pictures = [script.sample(generator, torch.where(held, a, z)) for z in circle]
+    if path.suffix == ".png":
+        image = script.to_grid(torch.stack(pictures, 1).flatten(0, 1), options.steps)
+        script.write(path, image.save)
+    else:
+        columns = math.ceil(options.count**0.5)
+        first, *rest = (ImageOps.contain(script.to_grid(x, columns), (512, 512)) for x in pictures)
+        save = functools.partial(first.save, save_all=True, append_images=rest, duration=80, loop=0)
+        script.write(path, save)
+    print(f"a walk of {options.steps} steps: {path}")
+
+def classes(options):
+    """--count rows, each with the same noise through all classes of a conditional model."""
+    path = options.save or Path("classes.png")
+    script, args, _, generator = load(options.run, seed=options.seed, device=options.device)
+    names = getattr(args, "names", None)
+    if not names: fail(f"{options.run} is of a model that was trained without classes")
+    z = script.draw_z(args, options.count).repeat_interleave(len(names), 0)  # count * classes,K+Z
+    z[:, : len(names)] = torch.eye(len(names)).repeat(options.count, 1)
+    script.write(path, script.to_grid(script.sample(generator, z), len(names)).save)
+    print(f"{options.count} noises through {', '.join(names)}: {path}")
+
+def table(options):
+    """A row for each run folder: real pictures, and generated ones early and late, of the same noise."""
+    from matplotlib.figure import Figure  # here, as it takes half a second
+    path = options.save or Path("table.png")
+    figure = Figure(figsize=(9.6, 3.4 * len(options.runs)), layout="constrained")
+    for run, row in zip(options.runs, figure.subplots(len(options.runs), 3, squeeze=False)):
+        files = sorted(Path(run, "samples").glob("epoch_*.png"))
+        if not files or not Path(run, "comparison.png").exists():
+            fail(f"{run} is no run folder with samples and a comparison.png, which a run makes as it ends")
+        early, late = files[len(files) // 20], files[-1]
+        side = (Image.open(late).width - 2) // 2 + 2  # a quarter of each grid; real ones are on the left
+        shown = dict(real=Path(run, "comparison.png"), early=early, late=late)
+        for axes, (kind, file) in zip(row, shown.items()):
+            title = kind if kind == "real" else f"epoch {int(file.stem[6:])}"
+            axes.set(title=f"{Path(run).resolve().name}, {title}", xticks=[], yticks=[])
+            axes.imshow(Image.open(file).crop((0, 0, side, side)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    print(f"{len(options.runs)} runs: {path}")
+
+def main(argv=None):
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.error = fail
+    kinds = parser.add_subparsers(required=True, metavar="walk, classes or table")
+    for work, count in (walk, 16), (classes, 8), (table, None):
+        kind = kinds.add_parser(work.__name__, help=work.__doc__.split("\n")[0], description=work.__doc__)
+        kind.error = fail
+        kind.set_defaults(work=work)
+        add = kind.add_argument
+        add("--save", type=Path, help=f"the picture ({work.__name__}.{'gif' if work is walk else 'png'})")
+        if work is table:
+            add("runs", nargs="+", metavar="RUN")
+            continue
+        add("run", metavar="RUN")
+        add("--count", type=int, default=count, help=f"pictures, or rows of them ({count})")
+        add("--seed", type=int, default=0, help="of the noise (0)")
+        add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+        if work is walk: add("--steps", type=int, default=60, help="of the circle (60)")
+    options = parser.parse_args(argv)
+    guarded(options.work, options)
+
+if __name__ == "__main__":
+    main()
