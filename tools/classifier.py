@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-LEAST = 20  # pictures of a folder that is to be a class
+LEAST, STEPS = 20, 600  # pictures of a folder that is to be a class; of training, at least
 
 def frechet(a, b):
     """The Frechet distance of the Gaussians fitted to the rows of a and b, float64 N,K, as FID squares it."""
@@ -41,7 +41,7 @@ def train_classifier(images, labels, classes, device):
     net = make_classifier(images.shape[1], classes).to(device, memory_format=torch.channels_last)
     batch = min(128, len(images))
     steps = len(images) // batch  # of an epoch
-    epochs = max(4, -(-600 // steps))
+    epochs = max(4, -(-STEPS // steps))
     optimiser = torch.optim.Adam(net.parameters())
     rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, epochs * steps)
     for _ in tqdm(range(epochs), desc="training the classifier", unit="epoch"):

@@ -1,8 +1,8 @@
 """Pictures that show what trained generators have learnt.
 
     python tools/explore.py walk runs/dcgan --save walk.gif         # through z, in a circle; or .png, in rows
-    python tools/explore.py classes runs/cgan_residual              # one noise in each row, through all classes
-    python tools/explore.py table runs/forest runs/mountain         # for each run real, early and late pictures
+    python tools/explore.py classes runs/cgan_residual              # one noise in a row, through all classes
+    python tools/explore.py table runs/forest runs/mountain         # of each run real, early, late pictures
 
 `walk` and `classes` take a run folder, a models.pth or a checkpoint.pt; `table` takes run folders.
 """
@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from common import fail, guarded, load
 
 def walk(options):
-    """--count pictures on a circle of --steps through z, keeping their classes: a .gif or, in rows, a .png."""
+    """--count pictures on a circle of --steps through z, keeping their classes: a .gif or, in rows, .png."""
     path = options.save or Path("walk.gif")
     if path.suffix not in (".gif", ".png"): fail(f"--save {path}: a walk is a .gif or a .png")
     if min(options.steps, options.count) < 2: fail("a walk takes two --steps and two pictures at least")

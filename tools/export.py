@@ -36,7 +36,9 @@ def to_onnx(script, args, generator, path):
         import onnxruntime
     except ImportError:
         return print(f"{path}: written; onnxruntime is not installed, so it is not compared with torch")
+    z = script.draw_z(args, 3)  # another number of pictures than it was made with
     (theirs,) = onnxruntime.InferenceSession(path).run(None, {"z": z.numpy()})
+    if len(theirs) != len(z): fail(f"{path}: this generator makes {len(theirs)} pictures whatever it gets")
     print(f"{path}: differs from torch by {np.abs(theirs - generator(z).numpy()).max():.1e} at most")
 
 def to_safetensors(script, args, generator, path):
