@@ -155,7 +155,7 @@ class StyleGenerator(nn.Module):
         self.greys = nn.ModuleList(nn.Conv2d(c, 1, 1) for c in channels[1:])
 
     def forward(self, z):
-        style, x, picture = self.map(z), self.start.expand(len(z), -1, -1, -1), self.start[:, :1] * 0
+        style, x, picture = self.map(z), self.start.expand(z.shape[0], -1, -1, -1), self.start[:, :1] * 0
         for block, grey in zip(self.blocks, self.greys):
             x = block(x, style)  # N,64,7,7; N,32,14,14; N,16,28,28
             picture = F.interpolate(picture, x.shape[2:], mode="bilinear") + grey(x)
