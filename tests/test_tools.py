@@ -705,9 +705,9 @@ def test_whatever_else_a_file_names_keras_does_not_get_to_see_it(named, files, t
             if way is None: parent[last] = named
             else: parent[last]["config"]["x"] = [named]
             text = json.dumps(whole["config"])
-            path = edited(files / "g.keras", tmp_path / "g.keras",
+            file = edited(files / "g.keras", tmp_path / "g.keras",
                           lambda n, data: text if n == "config.json" else data)
-            assert "no part of this GAN and is not run" in refused(capsys, tmp_path, path)
+            assert "no part of this GAN and is not run" in refused(capsys, tmp_path, file)
 
 
 def test_keras_too_is_told_to_run_nothing(files, monkeypatch):
