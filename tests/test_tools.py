@@ -454,6 +454,21 @@ def test_safetensors_load_into_the_generator(kind, runs, tmp_path):
     assert all(torch.equal(tensors[name], value) for name, value in generator.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_makes_the_same_pictures(kind, runs, tmp_path):
+    """The file has the generator alone, in half precision, and --generate takes it."""
+    export.main([str(runs[kind]), "--save", str(tmp_path / "g.pth")])
+    made = []
+    for checkpoint in runs[kind] / "models.pth", tmp_path / "g.pth":
+        importlib.import_module(KINDS[kind][0]).main(
+            ["--generate", "8", "--checkpoint", str(checkpoint), "--save", str(tmp_path / "made.npz")])
+        made.append(np.load(tmp_path / "made.npz")["images"].astype(int))
+    assert abs(made[0] - made[1]).mean() < 1 < made[0].std()
+    saved = torch.load(tmp_path / "g.pth", weights_only=True)
+    assert saved.keys() == {"Generator", "config"}
+    assert {v.dtype for v in saved["Generator"].values()} <= {torch.half, torch.long}
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_packages_that_are_missing(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)

@@ -191,6 +191,12 @@ def to_keras(script, args, saved, kind, path):
     script.write(path, lambda part: model.save(part))
     print(f"{path}: the {kind.lower()}, for keras.saving.load_model")
 
+def to_half(script, args, saved, path):
+    """The averaged generator alone, in half precision, as a checkpoint that --generate takes."""
+    state = {name: v.half() if v.is_floating_point() else v for name, v in saved["Generator"].items()}
+    script.write(path, functools.partial(torch.save, dict(Generator=state, config=saved["config"])))
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
 def export(run, paths):
     """A run folder or checkpoint into files of the kinds that their names end in."""
     script, args, saved, generator = load(run, device="cpu")
@@ -198,6 +204,7 @@ def export(run, paths):
     for path in paths:
         if path.suffix == ".onnx": to_onnx(script, args, generator, path)
         elif path.suffix == ".safetensors": to_safetensors(script, args, generator, path)
+        elif path.suffix == ".pth": to_half(script, args, saved, path)
         else: to_keras(script, args, saved, next(kinds), path)
 
 def main(argv=None):
@@ -206,15 +213,15 @@ def main(argv=None):
     parser.error, add = fail, parser.add_argument
     add("run", nargs="?", metavar="RUN", help="run folder, models.pth or checkpoint.pt of any script")
     add("--save", nargs="+", type=Path, default=[], metavar="FILE",
-        help=".onnx, .safetensors or .keras; a second .keras file is for the discriminator")
+        help=".onnx, .safetensors, .pth (half precision) or .keras; a second .keras is the discriminator")
     add("--from", nargs="+", dest="files", metavar="KERAS", help="generator and, after it, discriminator")
     add("--to", type=Path, metavar="FILE.pth", help="of --from: the checkpoint (models.pth)")
     options = parser.parse_args(argv)
     suffixes = [path.suffix for path in options.save]
     if bool(options.run) == bool(options.files) or bool(options.run) != bool(options.save):
         fail("it takes RUN --save FILE, or --from FILE.keras --to models.pth")
-    if set(suffixes) - {".onnx", ".safetensors", ".keras"} or suffixes.count(".keras") > 2:
-        fail("--save takes names that end in .onnx, .safetensors or, two at most, in .keras")
+    if set(suffixes) - {".onnx", ".safetensors", ".pth", ".keras"} or suffixes.count(".keras") > 2:
+        fail("--save takes names that end in .onnx, .safetensors, .pth or, two at most, in .keras")
     if options.files:
         guarded(import_models, options.files, options.to or Path("models.pth"))
     else:
