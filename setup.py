@@ -22,16 +22,28 @@ try:
 except ImportError:
     torch = None
 
-VERSION, SOURCES = "0.1.0", ["ops.cpp", "allocate.cpp", "cpu.cpp", "cpu_default.cpp"]
+VERSION, WINDOWS = "0.1.0", os.name == "nt"
 FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden"]
 FLAGS += ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-psabi"]  # torch's headers, and the compiler's own
-AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c"]
-INSTRUCTION_SETS = {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+WINDOWS_FLAGS = ["/O2", "/std:c++20", "/openmp"]
+AVX2 = ["/arch:AVX2"] if WINDOWS else ["-mavx2", "-mfma", "-mf16c"]
+AVX2 += ["-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"]  # which ATen's vectors look at
 GPUS = "5.0 6.0 7.0 7.5 8.0 8.6 8.9 9.0 10.0 12.0".split()  # of those, what the nvcc found can compile for
 
 
 def say(line):
     print(f"gan_ops: {line}", file=sys.stderr, flush=True)
+
+
+def say_or_stop(reason):
+    """Why CUDA is left out; an error where it is insisted on."""
+    if os.environ.get("GAN_OPS_CUDA") == "1":
+        raise SystemExit(f"error: GAN_OPS_CUDA=1, but {reason}")
+    say(f"built without CUDA: {reason}")
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def output_of(*command):
@@ -86,49 +98,63 @@ def without_cuda():
     return ""
 
 
-def make_extension():
-    """(the extension, the command that builds it)."""
-    reason = without_cuda()
-    if reason and os.environ.get("GAN_OPS_CUDA") == "1":
-        raise SystemExit(f"error: GAN_OPS_CUDA=1, but {reason}")
-    if reason:
-        say(f"built without CUDA: {reason}")
+def make_extension(reason):
+    """The extension, without CUDA where there is a reason to leave it out."""
     from torch.utils import cpp_extension  # now, since it looks for CUDA_HOME when it is imported
 
-    windows = os.name == "nt"
-    flags = ["/O2", "/std:c++20", "/openmp"] if windows else FLAGS + ["-fopenmp"] * (sys.platform == "linux")
-    sets = INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") and not windows else {}
+    openmp = ["-fopenmp"] * (sys.platform == "linux")
     text = re.sub(r'["\\]', "'", reason)
     macros = [("GAN_OPS_TORCH", f'"{torch.__version__}"'), ("GAN_OPS_WITHOUT_CUDA", f'"{text}"')]
-    macros += [("GAN_OPS_INSTRUCTION_SETS", None)] * bool(sets) + [("GAN_OPS_CUDA", None)] * (not reason)
     kind = cpp_extension.CppExtension if reason else cpp_extension.CUDAExtension
-    sources = [f"csrc/{name}" for name in SOURCES + ([] if reason else ["cuda.cu"])]
-    extension = kind(
-        "gan_ops", sources, define_macros=macros, py_limited_api=True, depends=[str(p) for p in Path("csrc").iterdir()],
-        extra_compile_args=dict(cxx=flags, nvcc=["-O3", "-std=c++17"]),
-        extra_link_args=["-fopenmp"] * (sys.platform == "linux"))
+    return kind(
+        "gan_ops", ["csrc/ops.cpp"] + ["csrc/cuda.cu"] * (not reason), py_limited_api=True,
+        define_macros=macros + [("GAN_OPS_CUDA", None)] * (not reason), depends=[str(p) for p in Path("csrc").iterdir()],
+        extra_compile_args=dict(cxx=WINDOWS_FLAGS if WINDOWS else FLAGS + openmp, nvcc=["-O3", "-std=c++17"]),
+        extra_link_args=openmp)
+
+
+def make_command():
+    """The command that builds; it leaves out what fails, with one line, but for CUDA where that is insisted on."""
+    from torch.utils import cpp_extension
 
     class Build(cpp_extension.BuildExtension):
-        """Compiles the kernels for each instruction set with its own flags; what fails is left out with one line."""
+        """Compiles the CPU kernels with flags of their own, then the rest, if need be for a second time without CUDA."""
+        def compile_cpu_kernels(self, extension):
+            flags = extension.extra_compile_args["cxx"] + (AVX2 if platform.machine() in ("x86_64", "AMD64") else [])
+            extension.extra_objects += self.compiler.compile(
+                ["csrc/cpu.cpp"], self.build_temp, include_dirs=extension.include_dirs, extra_postargs=flags)
+
         def build_extensions(self):
+            (extension,) = self.extensions
+            cuda = ("GAN_OPS_CUDA", None) in extension.define_macros
             try:
-                for name, own in sets.items():
-                    extension.extra_objects += self.compiler.compile(
-                        [f"csrc/cpu_{name}.cpp"], self.build_temp, include_dirs=extension.include_dirs,
-                        extra_postargs=flags + own)
-                super().build_extensions()
+                self.compile_cpu_kernels(extension)
+                try:
+                    super().build_extensions()
+                except Exception as error:
+                    if not cuda:
+                        raise
+                    reason = f"it does not compile: {first_line(error)}"
+                    say_or_stop(reason)
+                    self.extensions = [make_extension(reason)]
+                    self.extensions[0].extra_objects = extension.extra_objects
+                    super().build_extensions()
             except Exception as error:  # no compiler, headers missing: the scripts do without
-                text = str(error).strip() or type(error).__name__
-                say(f"not built, PyTorch's own operations will serve: {text.splitlines()[0]}")
+                if os.environ.get("GAN_OPS_CUDA") == "1":
+                    raise SystemExit(f"error: GAN_OPS_CUDA=1, but nothing could be built: {first_line(error)}")
+                say(f"not built, PyTorch's own operations will serve: {first_line(error)}")
                 self.extensions = []
 
-    return extension, Build.with_options(no_python_abi_suffix=False)
+    return Build.with_options(no_python_abi_suffix=False)
 
 
 if torch is None:  # in an empty environment: this makes pip fetch one to build with, and run this file again
     setup(version=VERSION, setup_requires=["torch", "ninja"])
 else:
-    extension, build = make_extension()
+    reason = without_cuda()
+    if reason:
+        say_or_stop(reason)
     label = re.sub(r"[^a-zA-Z0-9]+", ".", torch.__version__)
-    setup(version=f"{VERSION}+torch.{label}", ext_modules=[extension], cmdclass=dict(build_ext=build),
-          options=dict(bdist_wheel=dict(py_limited_api="cp310")), setup_requires=["ninja"])
+    setup(version=f"{VERSION}+torch.{label}", ext_modules=[make_extension(reason)],
+          cmdclass=dict(build_ext=make_command()), options=dict(bdist_wheel=dict(py_limited_api="cp310")),
+          setup_requires=["ninja"])

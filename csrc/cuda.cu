@@ -4,63 +4,99 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-__device__ inline void* dynamic_shared() {
-  extern __shared__ __align__(16) unsigned char memory[];
-  return memory;
+#include <cstdint>
+
+namespace gan_ops {
+
+// Two neighbouring elements in one word.
+__device__ inline float2 widen_two(uint32_t word, __nv_bfloat16) {
+  return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+}
+__device__ inline float2 widen_two(uint32_t word, __half) { return __half22float2(reinterpret_cast<__half2&>(word)); }
+__device__ inline uint32_t narrow_two(float a, float b, __nv_bfloat16) {
+  auto two = __floats2bfloat162_rn(a, b);
+  return reinterpret_cast<uint32_t&>(two);
+}
+__device__ inline uint32_t narrow_two(float a, float b, __half) {
+  auto two = __floats2half2_rn(a, b);
+  return reinterpret_cast<uint32_t&>(two);
 }
 
+// Programmatic dependent launch: the second of two launches may take its place on the processors while the first one
+// ends, and waits there for what that has written.
+__device__ inline void start_next_launch() {
+#if __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+__device__ inline void wait_for_previous_launch() {
+#if __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
+
+}  // namespace gan_ops
+
 #include "cuda_kernels.h"
-#include "cuda_plan.h"
 
 namespace gan_ops {
 namespace {
 
-cudaError_t current_device(Device& device) {
-  int index = 0, shared = 0;
-  cudaError_t error = cudaGetDevice(&index);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&device.processors, cudaDevAttrMultiProcessorCount, index);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
-  device.shared_bytes = shared;
-  return error;
+// Whether a device runs code that waits as above: it was compiled for such, and the device is one.
+bool overlaps(int device) {
+  constexpr int architectures[] = {__CUDA_ARCH_LIST__};
+  int major = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  return major >= 9 && architectures[sizeof architectures / sizeof(int) - 1] >= 900;
 }
 
-template <class Work>
-cudaError_t launch(const typename Launches<Work>::Launch& l, void* workspace, cudaStream_t stream) {
-  constexpr int64_t kWithoutAsking = 48 * 1024;
-  const Kernel<Work> kernel = kernel_for(l.step, l.work, l.geometry.vector);
-  if (l.shared_bytes > kWithoutAsking) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(l.shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
-  const Geometry& g = l.geometry;
-  const dim3 grid(static_cast<unsigned>(g.strips), static_cast<unsigned>(g.chunks));
-  kernel<<<grid, dim3(g.width, g.ranks), l.shared_bytes, stream>>>(l.work, g, workspace);
-  return cudaGetLastError();
-}
+// One stream's launches on the current device, up to the first error.
+struct Launches {
+  cudaStream_t stream;
+  int device = 0, processors = 0, threads = kThreads;
+  cudaError_t error;
+  bool first = true;
 
-template <class Work>
-int run(const Work& work, void* workspace, void* stream) {
-  Device device;
-  cudaError_t error = current_device(device);
-  if (error != cudaSuccess) return error;
-  const Launches<Work> launches = plan(work, device);
-  for (int i = 0; i < launches.count && error == cudaSuccess; ++i) {
-    error = launch<Work>(launches.at[i], workspace, static_cast<cudaStream_t>(stream));
+  explicit Launches(void* stream_) : stream(static_cast<cudaStream_t>(stream_)), error(cudaGetDevice(&device)) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   }
-  return error;
-}
+
+  template <class... Given>
+  void operator()(void (*kernel)(Given...), int blocks, int block, Given... given) {
+    if (error != cudaSuccess) return;
+    cudaLaunchAttribute overlap{};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = blocks, config.blockDim = block, config.stream = stream;
+    config.attrs = &overlap, config.numAttrs = !first && overlaps(device);
+    error = cudaLaunchKernelEx(&config, kernel, given...);
+    first = false;
+  }
+
+  void clear(void* memory, size_t bytes) {
+    if (error == cudaSuccess) error = cudaMemsetAsync(memory, 0, bytes, stream);
+  }
+};
 
 }  // namespace
 
 // 0 where there is no device: the call that the workspace is for then says so.
-size_t workspace_bytes(const Shape& shape) {
-  Device device;
-  return current_device(device) == cudaSuccess ? workspace_bytes_of(shape, device) : 0;
+size_t workspace_bytes(const Shape& s) {
+  const Launches launches(nullptr);
+  return launches.error == cudaSuccess ? workspace_bytes_of(s, launches.processors, launches.threads) : 0;
 }
 
-int forward_cuda(const Forward& f, void* workspace, void* stream) { return run(f, workspace, stream); }
+int run_on_cuda(const Forward& f, void* workspace, void* stream) {
+  Launches launches(stream);
+  if (launches.error == cudaSuccess) run(f, workspace, launches);
+  return launches.error;
+}
 
-int backward_cuda(const Backward& b, void* workspace, void* stream) { return run(b, workspace, stream); }
+int run_on_cuda(const Backward& b, void* workspace, void* stream) {
+  Launches launches(stream);
+  if (launches.error == cudaSuccess) run(b, workspace, launches);
+  return launches.error;
+}
 
 }  // namespace gan_ops

@@ -1,15 +1,15 @@
 // The operations of gan_ops: their schema, their checks, their autograd, and the module that `import gan_ops` loads.
 //
 // The public operations are built from private ones (with an underscore), which are what a backend and torch.compile
-// see. The first gradients come from the kernels; where the gradients themselves are to be differentiated
-// (create_graph), they are written in ATen's operations, which can be differentiated as often as one likes.
+// see. Types that no kernel knows (float64; on the CPU float16) are served by ATen's operations, and so are gradients
+// that are to be differentiated themselves (create_graph), as often as one likes.
 #include <Python.h>
 
 #include <ATen/ATen.h>
+#include <ATen/Version.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "allocate.h"
 #include "params.h"
 
 #ifdef GAN_OPS_CUDA
@@ -99,13 +99,23 @@ at::TensorOptions channel_options(const Tensor& x) {
 }
 
 Shape shape_of(const Tensor& x, at::MemoryFormat format) {
-  int64_t c = x.size(1), values = x.numel() / c, hw = values / x.size(0);
-  bool rows = format != at::MemoryFormat::Contiguous || hw == 1;
-  auto type = x.scalar_type() == at::kDouble     ? Type::f64
-              : x.scalar_type() == at::kFloat    ? Type::f32
-              : x.scalar_type() == at::kBFloat16 ? Type::bf16
-                                                 : Type::f16;
-  return rows ? Shape{values, c, 1, true, type} : Shape{x.size(0), c, hw, false, type};
+  int64_t c = x.size(1), hw = format == at::MemoryFormat::Contiguous ? x.numel() / c / x.size(0) : 1;
+  auto type = x.scalar_type();
+  return {x.numel() / c / hw, c, hw, type == at::kFloat ? Type::f32 : type == at::kHalf ? Type::f16 : Type::bf16};
+}
+
+// On an x86 processor the kernels need AVX2, which ATen looks for.
+bool cpu_serves() {
+#if defined(__x86_64__) || defined(_M_X64)
+  return at::get_cpu_capability() != "DEFAULT";
+#else
+  return true;
+#endif
+}
+
+bool has_kernel(const Tensor& x) {
+  auto type = x.scalar_type();
+  return type != at::kDouble && (x.is_cuda() || (type != at::kHalf && cpu_serves()));
 }
 
 std::vector<c10::SymInt> sizes_of_half(const Tensor& x, bool split) {
@@ -116,20 +126,16 @@ std::vector<c10::SymInt> sizes_of_half(const Tensor& x, bool split) {
 
 // The outputs of an input x: all of it, or two halves.
 std::pair<Tensor, Tensor> empty_halves(const Tensor& x, bool split, at::MemoryFormat format) {
-  auto sizes = sizes_of_half(x, split);
-  return {empty_as(x, sizes, format), split ? empty_as(x, sizes, format) : at::empty({0}, x.options())};
+  auto half = at::empty_symint(sizes_of_half(x, split), x.options(), format);
+  return {half, split ? at::empty_like(half) : at::empty({0}, x.options())};
 }
 
-const void* data(const MaybeTensor& tensor) { return given(tensor) ? tensor->const_data_ptr() : nullptr; }
+Tensor dense(const MaybeTensor& tensor, at::MemoryFormat format = at::MemoryFormat::Contiguous) {
+  return given(tensor) ? tensor->contiguous(format) : Tensor();
+}
+
+const void* data(const Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
 void* data(const Tensor& tensor, bool there) { return there ? tensor.mutable_data_ptr() : nullptr; }
-
-inline void run_on_cpu(const Forward& call) { forward_cpu(call); }
-inline void run_on_cpu(const Backward& call) { backward_cpu(call); }
-
-#ifdef GAN_OPS_CUDA
-int run_on_cuda(const Forward& call, void* workspace, void* stream) { return forward_cuda(call, workspace, stream); }
-int run_on_cuda(const Backward& call, void* workspace, void* stream) { return backward_cuda(call, workspace, stream); }
-#endif
 
 // On CUDA the kernels are launched on the current stream of x's device, and nothing waits for them.
 template <typename Call>
@@ -146,14 +152,77 @@ void launch(const Tensor& x, const Call& call) {
   run_on_cpu(call);
 }
 
-// Private operations ------------------------------------------------------------------------------------------------
+// ATen's operations in place of a kernel ------------------------------------------------------------------------------
 
 using Normalised = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+
+// All dimensions but the channels', and the sizes with which numbers of channels are spread over them.
+std::pair<std::vector<int64_t>, std::vector<int64_t>> around_channels(const Tensor& x) {
+  std::vector<int64_t> dims{0}, sizes(x.dim(), 1);
+  for (int64_t i = 2; i < x.dim(); ++i) dims.push_back(i);
+  sizes[1] = -1;
+  return {dims, sizes};
+}
+
+std::pair<Tensor, Tensor> halves_of(const Tensor& y, bool split, at::MemoryFormat format) {
+  if (!split) return {y, at::empty({0}, y.options())};
+  auto halves = y.chunk(2, 1);
+  return {halves[0].clone(format), halves[1].clone(format)};
+}
+
+// x: of a seam the sum of both branches.
+Normalised normalise_by_aten(const Tensor& x, const Norm& norm, at::MemoryFormat format) {
+  auto [dims, sizes] = around_channels(x);
+  auto a = x.to(channel_options(x).dtype());
+  if (norm.activate_first) a = at::leaky_relu(a, norm.slope);
+  Tensor mean, var;
+  if (norm.training) {
+    mean = a.mean(dims), var = a.var(dims, false);  // var_mean has no infinite mean
+    if (given(norm.running_mean)) {
+      double count = x.numel() / x.size(1), factor = norm.biased ? 1 : count / (count - 1);
+      norm.running_mean->mul_(1 - norm.momentum).add_(mean, norm.momentum);
+      norm.running_var->mul_(1 - norm.momentum).add_(var, norm.momentum * factor);
+    }
+  } else {
+    mean = norm.running_mean->clone(), var = *norm.running_var;
+  }
+  auto rstd = (var + norm.eps).rsqrt();
+  auto scale = given(norm.weight) ? rstd * *norm.weight : rstd;
+  auto y = (a - mean.view(sizes)) * scale.view(sizes);
+  if (given(norm.bias)) y = y + norm.bias->view(sizes);
+  if (!norm.activate_first) y = at::leaky_relu(y, norm.slope);
+  auto [first, second] = halves_of(y.to(x.scalar_type()), norm.split, format);
+  return {first, second, x, mean, rstd};
+}
+
+// eps: given where the gradients are to be differentiated themselves; mean and rstd are then seen as functions of x.
+Gradients backward_by_aten(const Tensor& grad, const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias,
+                           const Tensor& mean_, const Tensor& rstd_, bool training, std::optional<double> eps,
+                           double slope, bool activate_first) {
+  auto [dims, sizes] = around_channels(input);
+  auto x = input.to(mean_.scalar_type()), g = grad.to(mean_.scalar_type());
+  auto a = activate_first ? at::leaky_relu(x, slope) : x;
+  auto mean = training && eps ? a.mean(dims, true) : mean_.view(sizes);
+  auto rstd = training && eps ? (a.var(dims, false, true) + *eps).rsqrt() : rstd_.view(sizes);
+  auto normal = (a - mean) * rstd;
+  auto y = given(weight) ? normal * weight->view(sizes) : normal;
+  if (given(bias)) y = y + bias->view(sizes);
+  if (!activate_first) g = at::where(y > 0, g, g * slope);
+  auto dnormal = given(weight) ? g * weight->view(sizes) : g;
+  auto da = dnormal;
+  if (training) da = da - dnormal.mean(dims, true) - normal * (dnormal * normal).mean(dims, true);
+  da = da * rstd;
+  auto dx = activate_first ? at::where(x > 0, da, da * slope) : da;
+  return {dx.to(input.scalar_type()), (g * normal).sum(dims), g.sum(dims)};
+}
+
+// Private operations ------------------------------------------------------------------------------------------------
 
 // (y or its first half, its second half, the sum of a seam, mean, rstd); what there is not is empty.
 Normalised empty_normalised(const Tensor& x, bool seam, bool split, at::MemoryFormat format) {
   auto [first, second] = empty_halves(x, split, format);
-  auto sum = seam ? empty_as(x, x.sym_sizes(), format) : at::empty({0}, x.options());
+  auto sum = seam ? at::empty_symint(x.sym_sizes(), x.options(), format) : at::empty({0}, x.options());
   auto mean = at::empty_symint({x.sym_size(1)}, channel_options(x));
   return {first, second, sum, mean, at::empty_like(mean)};
 }
@@ -161,27 +230,28 @@ Normalised empty_normalised(const Tensor& x, bool seam, bool split, at::MemoryFo
 Normalised normalise(const Tensor& x, const MaybeTensor& right, const MaybeTensor& weight, const MaybeTensor& bias,
                      const MaybeTensor& running_mean, const MaybeTensor& running_var, bool training, double momentum,
                      double eps, double slope, bool activate_first, bool biased, bool split) {
-  check_norm(x, {weight, bias, running_mean, running_var, training, momentum, eps, slope, activate_first, biased,
-                 split});
+  Norm norm{weight, bias, running_mean, running_var, training, momentum, eps, slope, activate_first, biased, split};
+  check_norm(x, norm);
   auto format = x.suggest_memory_format();
-  auto left = x.contiguous(format);
-  auto other = given(right) ? MaybeTensor(right->contiguous(format)) : right;
-  auto scale = given(weight) ? MaybeTensor(weight->contiguous()) : weight;
-  auto shift = given(bias) ? MaybeTensor(bias->contiguous()) : bias;
-  bool seam = given(right);
+  auto left = x.contiguous(format), scale = dense(weight), shift = dense(bias), other = dense(right, format);
+  bool seam = given(right), reads = !training || given(running_mean);
   auto result = empty_normalised(x, seam, split, format);
   auto& [first, second, sum, mean, rstd] = result;
   if (x.numel() == 0) {
     mean.zero_(), rstd.zero_();
     return result;
   }
-  bool moves = training && given(running_mean), reads = !training;
-  Forward call{shape_of(left, format), true, training, activate_first, biased, momentum, eps, slope,
-               left.const_data_ptr(), data(other), data(sum, seam), {data(first, true), data(second, split)},
-               data(scale), data(shift), moves || reads ? running_mean->mutable_data_ptr() : nullptr,
-               moves || reads ? running_var->mutable_data_ptr() : nullptr, data(mean, true), data(rstd, true)};
-  launch(x, call);
-  if (moves) {
+  if (has_kernel(x)) {
+    launch(x, Forward{shape_of(left, format), true, training, activate_first, biased, momentum, eps, slope,
+                      left.const_data_ptr(), data(other), data(sum, seam), {data(first, true), data(second, split)},
+                      data(scale), data(shift), reads ? running_mean->mutable_data_ptr() : nullptr,
+                      reads ? running_var->mutable_data_ptr() : nullptr, data(mean, true), data(rstd, true)});
+  } else {
+    auto empty = sum;
+    result = normalise_by_aten(seam ? left + other : left, norm, format);
+    if (!seam) sum = empty;  // an output must not be the input
+  }
+  if (training && reads) {
     running_mean->unsafeGetTensorImpl()->bump_version();
     running_var->unsafeGetTensorImpl()->bump_version();
   }
@@ -197,11 +267,9 @@ Normalised fake_normalise(const Tensor& x, const MaybeTensor& right, const Maybe
   return empty_normalised(x, given(right), split, x.suggest_memory_format());
 }
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor>;
-
 Gradients empty_gradients(const Tensor& x, at::MemoryFormat format) {
   auto dweight = at::empty_symint({x.sym_size(1)}, channel_options(x));
-  return {empty_as(x, x.sym_sizes(), format), dweight, at::empty_like(dweight)};
+  return {at::empty_symint(x.sym_sizes(), x.options(), format), dweight, at::empty_like(dweight)};
 }
 
 // (dx, dweight, dbias); `second` is the gradient of the second half.
@@ -213,20 +281,20 @@ Gradients normalise_backward(const Tensor& first, const MaybeTensor& second, con
               "the gradients must be of x's type and, together, of its size");
   TORCH_CHECK(mean.numel() == x.size(1) && rstd.numel() == x.size(1), "mean and rstd must have a number per channel");
   auto format = x.suggest_memory_format();
-  auto values = x.contiguous(format), grad = first.contiguous(format);
-  auto other = given(second) ? MaybeTensor(second->contiguous(format)) : second;
-  auto scale = given(weight) ? MaybeTensor(weight->contiguous()) : weight;
-  auto shift = given(bias) ? MaybeTensor(bias->contiguous()) : bias;
+  auto values = x.contiguous(format), grad = first.contiguous(format), scale = dense(weight), shift = dense(bias);
+  auto other = dense(second, format);
   auto result = empty_gradients(x, format);
   auto& [dx, dweight, dbias] = result;
   if (x.numel() == 0) {
     dweight.zero_(), dbias.zero_();
-    return result;
+  } else if (has_kernel(x)) {
+    launch(x, Backward{shape_of(values, format), training, activate_first, slope, {grad.const_data_ptr(), data(other)},
+                       values.const_data_ptr(), data(scale), data(shift), mean.const_data_ptr(), rstd.const_data_ptr(),
+                       data(dx, true), data(dweight, given(weight)), data(dbias, given(bias))});
+  } else {
+    auto whole = given(second) ? at::cat({grad, other}, 1) : grad;
+    result = backward_by_aten(whole, values, weight, bias, mean, rstd, training, {}, slope, activate_first);
   }
-  Backward call{shape_of(values, format), training, activate_first, slope, {grad.const_data_ptr(), data(other)},
-                values.const_data_ptr(), data(scale), data(shift), mean.const_data_ptr(), rstd.const_data_ptr(),
-                data(dx, true), data(dweight, given(weight)), data(dbias, given(bias))};
-  launch(x, call);
   return result;
 }
 
@@ -238,6 +306,7 @@ Gradients fake_normalise_backward(const Tensor&, const MaybeTensor&, const Tenso
 std::tuple<Tensor, Tensor> add(const Tensor& left, const Tensor& right, bool split) {
   auto format = left.suggest_memory_format();
   auto x = left.contiguous(format), y = right.contiguous(format);
+  if (!has_kernel(x)) return halves_of(x + y, split, format);
   auto [first, second] = empty_halves(x, split, format);
   if (x.numel() > 0) {
     Forward call{};
@@ -278,31 +347,6 @@ std::tuple<Tensor, Tensor> call_add(const Tensor& left, const Tensor& right, boo
 
 // Autograd ----------------------------------------------------------------------------------------------------------
 
-// The same gradients from operations that have gradients themselves.
-Gradients differentiable_backward(const Tensor& grad, const Tensor& input, const MaybeTensor& weight,
-                                  const MaybeTensor& bias, const Tensor& mean_, const Tensor& rstd_, bool training,
-                                  double eps, double slope, bool activate_first) {
-  std::vector<int64_t> dims, sizes(input.dim(), 1);
-  for (int64_t i = 0; i < input.dim(); ++i) {
-    if (i != 1) dims.push_back(i);
-  }
-  sizes[1] = -1;
-  auto x = input.to(mean_.scalar_type()), g = grad.to(mean_.scalar_type());
-  auto a = activate_first ? at::leaky_relu(x, slope) : x;
-  auto mean = training ? a.mean(dims, true) : mean_.view(sizes);
-  auto rstd = training ? (a.var(dims, false, true) + eps).rsqrt() : rstd_.view(sizes);
-  auto normal = (a - mean) * rstd;
-  auto y = given(weight) ? normal * weight->view(sizes) : normal;
-  if (given(bias)) y = y + bias->view(sizes);
-  if (!activate_first) g = at::where(y > 0, g, g * slope);
-  auto dnormal = given(weight) ? g * weight->view(sizes) : g;
-  auto da = dnormal;
-  if (training) da = da - dnormal.mean(dims, true) - normal * (dnormal * normal).mean(dims, true);
-  da = da * rstd;
-  auto dx = activate_first ? at::where(x > 0, da, da * slope) : da;
-  return {dx.to(input.scalar_type()), (g * normal).sum(dims), g.sum(dims)};
-}
-
 Tensor or_zeros(const Tensor& grad, const Tensor& x, bool split) {
   return grad.defined() ? grad : at::zeros_symint(sizes_of_half(x, split), x.options());
 }
@@ -339,7 +383,7 @@ struct Normalise : torch::autograd::Function<Normalise> {
       if (at::GradMode::is_enabled()) {
         auto grad = split ? at::cat({first, second}, 1) : first;
         std::tie(dx, dweight, dbias) =
-            differentiable_backward(grad, x, weight, bias, mean, rstd, training, eps, slope, activate_first);
+            backward_by_aten(grad, x, weight, bias, mean, rstd, training, eps, slope, activate_first);
       } else {
         std::tie(dx, dweight, dbias) =
             call_backward(first, second, x, weight, bias, mean, rstd, training, slope, activate_first);
@@ -491,10 +535,9 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "gan_ops",
 PyMODINIT_FUNC PyInit_gan_ops() {
   PyObject* self = PyModule_Create(&module);
   if (self == nullptr) return nullptr;
+  PyObject* devices = gan_ops::cpu_serves() ? Py_BuildValue("(s)", "cpu") : PyTuple_New(0);
 #ifdef GAN_OPS_CUDA
-  PyObject* devices = Py_BuildValue("(ss)", "cpu", "cuda");
-#else
-  PyObject* devices = Py_BuildValue("(s)", "cpu");
+  devices = PySequence_InPlaceConcat(devices, Py_BuildValue("(s)", "cuda"));
 #endif
   if (PyModule_AddObject(self, "devices", devices) < 0) return nullptr;
   PyModule_AddStringConstant(self, "torch_version", GAN_OPS_TORCH);

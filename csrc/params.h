@@ -5,13 +5,12 @@
 
 namespace gan_ops {
 
-enum class Type { f64, f32, bf16, f16 };  // of pictures; parameters and statistics are f64 with f64, else f32
+enum class Type { f32, bf16, f16 };  // of pictures; parameters and statistics are f32
 
-// A tensor of N,C,... in memory is either planar (contiguous: n,c,hw) or rows (channels_last, or two-dimensional:
-// n*hw,c). Rows have hw 1 and all positions counted in n. No size is 0.
+// A tensor of N,C,... in memory: n rows of c channels of hw neighbouring values each. Contiguous memory has a row for
+// each picture; channels_last and two-dimensional memory has one for each position, and hw is 1. No size is 0.
 struct Shape {
   int64_t n, c, hw;
-  bool rows;
   Type type;
 };
 
@@ -43,12 +42,12 @@ struct Backward {
   void *dx, *dweight, *dbias;  // dweight, dbias: c of each, or null where not wanted
 };
 
-void forward_cpu(const Forward&);
-void backward_cpu(const Backward&);
+void run_on_cpu(const Forward&);
+void run_on_cpu(const Backward&);
 
-// On CUDA: `workspace` is device memory of workspace_bytes, `stream` a cudaStream_t; the result is a cudaError_t.
+// On the current device and the cudaStream_t `stream`, with workspace_bytes of its memory; the result is a cudaError_t.
 size_t workspace_bytes(const Shape&);
-int forward_cuda(const Forward&, void* workspace, void* stream);
-int backward_cuda(const Backward&, void* workspace, void* stream);
+int run_on_cuda(const Forward&, void* workspace, void* stream);
+int run_on_cuda(const Backward&, void* workspace, void* stream);
 
 }  // namespace gan_ops

@@ -1,7 +1,6 @@
 // Stands in for CUDA on a CPU, as far as csrc/cuda_kernels.h needs: blocks in turn, and in a block one system thread
-// for each CUDA thread, so that ThreadSanitizer finds what a missing barrier lets happen. Dynamic shared memory is a
-// new piece of heap, of just the size asked for, for each block, so that AddressSanitizer finds what overruns it; it
-// starts as NaN.
+// for each CUDA thread, so that ThreadSanitizer finds what a missing barrier lets happen. Shared memory is static, so
+// that AddressSanitizer finds what overruns it.
 #pragma once
 #include <pthread.h>
 
@@ -15,26 +14,25 @@
 
 #define __device__
 #define __global__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(threads, blocks)
+#define __shared__ static
 
-using std::fma;
-using std::sqrt;
+using std::isfinite;
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
 
 inline thread_local dim3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
 
 namespace stand_in {
-
-inline dim3 block_size;
-inline void* block_memory;
 
 // All of a block's threads wait for each other. Two barriers by turns: ThreadSanitizer takes a thread that leaves a
 // barrier late for one that has also met those who are at that barrier again, and would miss their races.
 inline pthread_barrier_t barriers[2];
 inline thread_local int turn;
+inline bool fenced[1024];
 
 inline void wait_for_block() {
   pthread_barrier_wait(&barriers[turn]);
@@ -43,25 +41,20 @@ inline void wait_for_block() {
 
 // Calls body() as each thread of each block; in_reverse: the last block first.
 template <class Body>
-void launch(dim3 grid, dim3 block, size_t shared_bytes, bool in_reverse, const Body& body) {
-  const unsigned blocks = grid.x * grid.y, threads = block.x * block.y;
+void launch(int blocks, int threads, bool in_reverse, const Body& body) {
   for (auto& barrier : barriers) pthread_barrier_init(&barrier, nullptr, threads);
-  block_size = block;
+  gridDim.x = blocks, blockDim.x = threads;
   const auto live = [&](unsigned thread) {
-    threadIdx = {thread % block.x, thread / block.x, 0};
-    for (unsigned i = 0; i < blocks; ++i) {
-      const unsigned b = in_reverse ? blocks - 1 - i : i;
-      blockIdx = {b % grid.x, b / grid.x, 0};
-      if (thread == 0) block_memory = std::memset(std::malloc(shared_bytes), 0xff, shared_bytes);
-      wait_for_block();
+    threadIdx.x = thread;
+    for (int i = 0; i < blocks; ++i) {
+      blockIdx.x = in_reverse ? blocks - 1 - i : i;
       body();
       wait_for_block();
-      if (thread == 0) std::free(block_memory);
     }
   };
   {
     std::vector<std::jthread> running;
-    for (unsigned thread = 0; thread < threads; ++thread) running.emplace_back(live, thread);
+    for (int thread = 0; thread < threads; ++thread) running.emplace_back(live, thread);
   }
   for (auto& barrier : barriers) pthread_barrier_destroy(&barrier);
 }
@@ -75,10 +68,16 @@ inline double round_to(double v, int fraction_bits, int least) {
 
 }  // namespace stand_in
 
-#define blockDim stand_in::block_size
-
 inline void __syncthreads() { stand_in::wait_for_block(); }
-inline void* dynamic_shared() { return stand_in::block_memory; }
+
+// What a block counts as done must be written and fenced by all of its threads: a barrier that is missing between the
+// two would show only in another block, so it is made a race in this one.
+inline void __threadfence() { stand_in::fenced[threadIdx.x] = true; }
+inline unsigned atomicAdd(unsigned* to, unsigned v) {
+  for (unsigned i = 0; i < blockDim.x; ++i) v = stand_in::fenced[i] ? v : 0;
+  return __atomic_fetch_add(to, v, __ATOMIC_RELAXED);
+}
+inline float __ldcg(const float* from) { return *from; }
 
 struct __nv_bfloat16 {
   uint16_t bits;
@@ -120,3 +119,27 @@ inline __half __float2half_rn(float v) {
   const auto fraction = static_cast<uint16_t>(std::ldexp(size, 10 - exponent));  // with the leading 1
   return {static_cast<uint16_t>(sign | ((exponent + 14) * 1024 + fraction))};
 }
+
+struct float2 {
+  float x, y;
+};
+
+namespace gan_ops {
+
+inline void start_next_launch() {}
+inline void wait_for_previous_launch() {}
+
+inline float2 widen_two(uint32_t word, __nv_bfloat16) {
+  return {__bfloat162float({static_cast<uint16_t>(word)}), __bfloat162float({static_cast<uint16_t>(word >> 16)})};
+}
+inline float2 widen_two(uint32_t word, __half) {
+  return {__half2float({static_cast<uint16_t>(word)}), __half2float({static_cast<uint16_t>(word >> 16)})};
+}
+inline uint32_t narrow_two(float a, float b, __nv_bfloat16) {
+  return __float2bfloat16_rn(a).bits | uint32_t{__float2bfloat16_rn(b).bits} << 16;
+}
+inline uint32_t narrow_two(float a, float b, __half) {
+  return __float2half_rn(a).bits | uint32_t{__float2half_rn(b).bits} << 16;
+}
+
+}  // namespace gan_ops

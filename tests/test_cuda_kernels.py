@@ -1,8 +1,14 @@
-"""The CUDA kernels, without a GPU: run on the CPU by tests/cuda_kernels.cpp under sanitizers, and compiled by nvcc."""
+"""The CUDA kernels, without a GPU: run on the CPU by tests/cuda_kernels.cpp under sanitizers, and compiled by nvcc.
+
+`python tests/test_cuda_kernels.py` compiles them and prints, for each, registers, blocks that a processor holds, and
+instructions an element in the loop, beside what an H200's bandwidth leaves room for.
+"""
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,12 +18,21 @@ COMPILER = os.environ.get("CXX", "g++")
 ADDRESS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 THREAD = ["-fsanitize=thread"]
 SOME = "23"  # every 23rd case is enough to meet a kernel that is wrong for all
-KERNELS = 84  # forward and backward, 3 steps each, 2 layouts, 7 combinations of type and vector
+KERNELS = 109  # 6 of forward and 6 of backward for each of 3 types in 3 layouts, and the one that recalls statistics
+# Instructions that an H200's processors issue in a second, for each of 32 lanes, and bytes that its memory moves.
+ISSUED, MOVED = 132 * 4 * 32 * 1.755e9, 4.8e12
 
 
 def find_nvcc():
     home = os.environ.get("CUDA_HOME")
     return shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc")
+
+
+def find_cuobjdump():
+    """In PATH, or the one that comes with Triton."""
+    triton = importlib.util.find_spec("triton")
+    places = [Path(triton.origin).parent / "backends/nvidia/bin"] if triton else []
+    return shutil.which("cuobjdump") or next((p / "cuobjdump" for p in places if (p / "cuobjdump").exists()), None)
 
 
 def build_and_run(folder, sanitizer, *arguments, kernels=None):
@@ -58,35 +73,97 @@ def test_races(tmp_path):
     assert status == 0, output
 
 
-def test_every_barrier_is_needed(tmp_path):
+@pytest.mark.parametrize("number", range(4))
+def test_every_barrier_is_needed(tmp_path, number):
     """So the stand-in would find one that is missing."""
-    count = (ROOT / "csrc" / "cuda_kernels.h").read_text().count("__syncthreads();")
-    assert count > 0
-    for i in range(count):
-        folder = tmp_path / str(i)
-        folder.mkdir()
-        status, output = build_and_run(folder, THREAD, SOME, kernels=changed("__syncthreads();", "", i))
-        assert status != 0 and "data race" in output, f"barrier {i}: {output}"
+    assert (ROOT / "csrc" / "cuda_kernels.h").read_text().count("__syncthreads();") == 4
+    status, output = build_and_run(tmp_path, THREAD, SOME, kernels=changed("__syncthreads();", "", number))
+    assert status != 0 and "data race" in output, output
 
 
 def test_a_read_beyond_the_end_is_found(tmp_path):
-    old = "if (next.position < positions) held[u]"
+    old = "if (r + u * g.ranks < p.rows) held[u]"
     status, output = build_and_run(tmp_path, ["-fsanitize=address"], SOME, kernels=changed(old, old.replace("<", "<=")))
     assert status != 0 and "heap-buffer-overflow" in output, output
 
 
 def test_a_partial_result_left_out_is_found(tmp_path):
-    old = "other = rank + keep;"
-    status, output = build_and_run(tmp_path, [], SOME, kernels=changed(old, "other = rank + 2 * keep;"))
+    kernels = changed("part += p.sharers", "part += 2 * p.sharers")
+    status, output = build_and_run(tmp_path, [], SOME, kernels=kernels)
     assert status == 1 and "(tolerance" in output, output
 
 
-@pytest.mark.skipif(find_nvcc() is None and not os.environ.get("CI"), reason="no nvcc in CUDA_HOME or PATH; CI has one")
-def test_nvcc_neither_warns_nor_spills(tmp_path):
-    done = subprocess.run([find_nvcc(), "-std=c++17", "-O3", "-arch=sm_90", "-Xptxas", "-v", "-Werror", "all-warnings",
-                           "-c", ROOT / "csrc" / "cuda.cu", "-o", tmp_path / "cuda.o"], capture_output=True, text=True)
+def compiled(folder, gpu):
+    """{kernel: (registers, bytes of spills)} of csrc/cuda.cu in folder/cuda.o; a warning is an error."""
+    done = subprocess.run([find_nvcc(), "-std=c++17", "-O3", f"-arch={gpu}", "-Xptxas", "-v", "-Werror", "all-warnings",
+                           "-c", ROOT / "csrc" / "cuda.cu", "-o", folder / "cuda.o"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    assert len(spills) == KERNELS
-    assert set(spills) == {("0", "0")}
+    found = re.findall(r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?"
+                       r"Used (\d+) registers", done.stderr, re.DOTALL)
+    return {name: (int(registers), int(stores) + int(loads)) for name, stores, loads, registers in found}
+
+
+def parts_of(name):
+    """Of a kernel's mangled name: what it is called, its type, elements of a vector, channels of it, flags."""
+    found = re.search(r"\d((?:forward|backward)_(?:reduce|apply))I(f|\d+__nv_bfloat16|\d+__half)Li(\d)ELi(\d)E(.*?)EEv",
+                      name)
+    if not found:
+        return None
+    kernel, kind, vector, lanes, flags = found.groups()
+    return kernel, {"f": "fp32", "6__half": "fp16"}.get(kind, "bf16"), int(vector), int(lanes), re.findall(r"(?:Lb|ModeE)(\d)", flags)
+
+
+def instructions(file):
+    """{kernel: instructions an element of its loop over vectors of 16 bytes}: the smallest loop with four such loads."""
+    text = subprocess.run([find_cuobjdump(), "-sass", file], capture_output=True, text=True, check=True).stdout
+    counts = {}
+    for function in re.split(r"\n\s*Function : ", text)[1:]:
+        code = [(int(place, 16), what) for place, what in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", function)]
+        jumps = [(place, int(found[1], 16)) for place, what in code if (found := re.search(r"BRA\b.*?(0x[0-9a-f]+)", what))]
+        loops = [[what for place, what in code if to <= place <= at] for at, to in jumps if to < at]
+        full = [loop for loop in loops if sum(".128" in what and "LDG" in what for what in loop) >= 4]
+        parts = parts_of(name := function.split()[0])
+        if full and parts and parts[2] > 1:
+            counts[name] = min(map(len, full)) / (4 * parts[2])
+    return counts
+
+
+def room(parts):
+    """Instructions an element for which a kernel's reads and writes leave time."""
+    kernel, kind, _, _, flags = parts
+    seam = kernel.startswith("forward") and flags == ["0"]
+    tensors = (3 if seam else 2) if kernel != "forward_reduce" else 3 if seam else 1
+    tensors = {"backward_reduce": 2, "backward_apply": 3}.get(kernel, tensors)
+    return ISSUED / MOVED * tensors * (4 if kind == "fp32" else 2)
+
+
+needs_nvcc = pytest.mark.skipif(find_nvcc() is None and not os.environ.get("CI"),
+                                reason="no nvcc in CUDA_HOME or PATH; CI has one")
+
+
+@needs_nvcc
+@pytest.mark.parametrize("gpu", ["sm_75", "sm_80", "sm_90"])
+def test_nvcc_neither_warns_nor_spills_and_two_blocks_fit(tmp_path, gpu):
+    found = compiled(tmp_path, gpu)
+    assert len(found) == KERNELS and not any(spills for _, spills in found.values())
+    assert max(registers for registers, _ in found.values()) <= 128  # of 65,536 for two blocks of 256 threads
+    if gpu == "sm_90":
+        counts = instructions(tmp_path / "cuda.o")
+        assert len(counts) == 72  # the kernels of 16-byte vectors
+        assert all(count < 0.9 * room(parts_of(name)) for name, count in counts.items()), counts
+
+
+def main():
+    with tempfile.TemporaryDirectory() as folder:
+        found, counts = compiled(Path(folder), "sm_90"), instructions(Path(folder) / "cuda.o")
+    print("kernel           type  vector channels flags  registers blocks  instructions  room")
+    for name, count in sorted(counts.items(), key=lambda item: parts_of(item[0])):
+        kernel, kind, vector, lanes, flags = parts_of(name)
+        registers = found[name][0]
+        print(f"{kernel:16} {kind:5} {vector:6} {lanes:8} {' '.join(flags):6} {registers:9} "
+              f"{65536 // (256 * -(-registers // 8) * 8):6} {count:13.1f} {room(parts_of(name)):5.1f}")
+
+
+if __name__ == "__main__":
+    main()
