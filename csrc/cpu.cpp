@@ -1,9 +1,9 @@
 // The CPU kernels, on ATen's vectors; setup.py compiles this file alone for AVX2, where the processor is an x86 one.
 //
-// Memory is a table of rows: n*hw positions of c values in channels_last, pictures of c*hw values in contiguous. A
-// kernel goes down columns of W values of a block of rows with what belongs to these columns in registers. Large planes
-// are cut into columns W wide that lie below each other, and are taken channel by channel through both passes, so that
-// the second finds in cache what the first has read; else all rows are read before the second pass begins.
+// Memory is a table of rows, as params.h has it. A kernel goes down columns of W values of a block of rows, with what
+// belongs to these columns in registers. Large planes are cut into columns W wide that lie below each other, and are
+// taken channel by channel through both passes, so that the second finds in cache what the first has read; else all
+// rows are read before the second pass begins.
 //
 // Statistics are shifted sums of short runs of rows, in float, put together in double by Chan's formula; runs and their
 // order follow from the sizes alone, so that neither a second call nor another number of threads changes a bit.
@@ -11,11 +11,10 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
-#include <algorithm>
 #include <array>
 #include <cmath>
 #include <numeric>
-#include <type_traits>
+#include <tuple>
 #include <vector>
 
 #include "params.h"
@@ -24,17 +23,15 @@ namespace gan_ops {
 namespace {
 
 using V = at::vec::Vectorized<float>;
+using Pack = std::array<V, 2>;
 constexpr int W = 2 * V::size();  // values of a column in a row
 constexpr int64_t GRAIN = 16384;  // values that a thread is worth starting for
-using Pack = std::array<V, 2>;
 using Full = std::integral_constant<int64_t, W>;  // a count of values that is known when the loop is compiled
 
 template <typename T>
 C10_ALWAYS_INLINE Pack load(const T* from, int64_t count = W) {
   if constexpr (std::is_same_v<T, float>) {
-    if (count == W) return {V::loadu(from), V::loadu(from + V::size())};
-    return {V::loadu(from, std::min<int64_t>(count, V::size())),
-            V::loadu(from + V::size(), std::max<int64_t>(count - V::size(), 0))};
+    return {V::loadu(from, std::min<int64_t>(count, W / 2)), V::loadu(from + W / 2, std::max<int64_t>(count - W / 2, 0))};
   } else {
     auto [low, high] = at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(from, count));
     return {low, high};
@@ -44,8 +41,8 @@ C10_ALWAYS_INLINE Pack load(const T* from, int64_t count = W) {
 template <typename T>
 C10_ALWAYS_INLINE void store(T* to, const Pack& values, int64_t count = W) {
   if constexpr (std::is_same_v<T, float>) {
-    values[0].store(to, std::min<int64_t>(count, V::size()));
-    values[1].store(to + V::size(), std::max<int64_t>(count - V::size(), 0));
+    values[0].store(to, std::min<int64_t>(count, W / 2));
+    values[1].store(to + W / 2, std::max<int64_t>(count - W / 2, 0));
   } else {
     at::vec::convert_from_float<T>(values[0], values[1]).store(to, count);
   }
@@ -54,62 +51,51 @@ C10_ALWAYS_INLINE void store(T* to, const Pack& values, int64_t count = W) {
 // 0 in the lanes from `count` on.
 C10_ALWAYS_INLINE void cut(Pack& values, int64_t count) {
   for (int k = 0; count < W && k < 2; ++k) {
-    values[k] = V::blendv(V(0), values[k], V::arange(float(k * V::size()), 1) < V(float(count)));
+    values[k] = V::blendv(V(0), values[k], V::arange(float(k * W / 2), 1) < V(float(count)));
   }
 }
 
 // value, times slope where `test` is not positive (at 0 and NaN too, as in PyTorch).
-inline V sloped(V value, V test, V slope) { return V::blendv(value * slope, value, test > V(0)); }
-
-// What a channel is normalised with. Forward and backward must agree on the sign of at(), so its order is fixed.
-struct Point {
-  V mean, scale, bias;  // scale: weight / deviation
-
-  V at(V x) const { return at::vec::fmadd(x - mean, scale, bias); }
-};
+C10_ALWAYS_INLINE V leaky(V value, V test, V slope) { return V::blendv(value * slope, value, test > V(0)); }
 
 // A piece of the table: `height` rows, `stride` apart, of one column.
 struct Column {
-  int64_t at, half_at;              // offsets in a tensor, and in the half of it that is number `half`
-  int64_t entry, half;              // entry: of its first value in Tables
+  int64_t at, half_at, half;            // offsets in a tensor, and in the half of it that is number `half`
+  int64_t entry;                        // of its first value in Numbers
   int64_t height, stride, half_stride;
 };
 
 struct Layout {
-  int64_t rows, c, hw, repeat, columns;  // a channel has `repeat` entries in the tables, of columns in all
+  int64_t rows, c, hw, repeat, columns;  // a channel has `repeat` entries in Numbers, of columns in all
   int64_t each, runs;                    // rows of a run of values that are summed up in float
   bool planes;                           // large ones
 
   explicit Layout(const Shape& s) : rows(s.n), c(s.c), hw(s.hw), planes(s.hw >= 64) {
-    repeat = planes ? W : hw;
-    columns = c * repeat;
+    repeat = planes ? W : hw, columns = c * repeat;
     each = planes ? std::max<int64_t>(1, 8192 / hw) : rows < 256 ? 16 : rows < 4096 ? 32 : rows < 65536 ? 128 : 512;
     runs = (rows + each - 1) / each;
   }
 
-  int64_t begin(int64_t run) const { return run * each; }
   int64_t end(int64_t run) const { return std::min(rows, (run + 1) * each); }
 
   // f(column, count) for the values of channels [first, last) in a run; of all channels, where planes are small.
   template <typename F>
   void walk(int64_t run, int64_t first, int64_t last, bool split, F f) const {
     const int64_t half = split ? c / 2 : c, length = half * hw, tall = std::clamp<int64_t>(2048 / columns, 4, 32);
-    for (int64_t m = begin(run); planes && m < end(run); ++m) {
+    for (int64_t m = run * each; planes && m < end(run); ++m) {
       for (int64_t i = first; i < last; ++i) {
         const int64_t second = i >= half, whole = hw / W * W;
-        Column column{(m * c + i) * hw, (m * half + i - second * half) * hw, i * W, second, hw / W, W, W};
+        Column column{(m * c + i) * hw, (m * half + i - second * half) * hw, second, i * W, hw / W, W, W};
         f(column, Full{});
         column.at += whole, column.half_at += whole, column.height = 1;
         if (whole < hw) f(column, hw - whole);
       }
     }
-    for (int64_t m = begin(run); !planes && m < end(run); m += tall) {
-      for (int64_t h = 0; h <= split; ++h) {
-        for (int64_t i = 0; i < length; i += W) {
-          const int64_t entry = h * length + i;
-          Column column{m * columns + entry, m * length + i, entry, h, std::min(tall, end(run) - m), columns, length};
-          i + W <= length ? f(column, Full{}) : f(column, length - i);
-        }
+    for (int64_t m = run * each; !planes && m < end(run); m += tall) {
+      for (int64_t i = 0; i < length * (1 + split); i += i % length + W < length ? W : length - i % length) {
+        const int64_t height = std::min(tall, end(run) - m), count = length - i % length;
+        const Column column{m * columns + i, m * length + i % length, i / length, i, height, columns, length};
+        count < W ? f(column, count) : f(column, Full{});
       }
     }
   }
@@ -118,120 +104,123 @@ struct Layout {
   // last pass begins with the rows that a thread has just left.
   template <typename Reduce, typename Settle, typename Apply>
   void schedule(bool reduces, Reduce reduce, Settle settle, Apply apply) const {
-    if (!planes) {
-      const int64_t grain = std::max<int64_t>(1, GRAIN / (each * columns));
-      at::parallel_for(0, reduces ? runs : 0, grain, [&](int64_t begin, int64_t end) {
-        for (int64_t run = begin; run < end; ++run) reduce(run, int64_t(0), c);
-      });
-      at::parallel_for(0, c, std::max<int64_t>(1, GRAIN / runs / 4), settle);
-      return at::parallel_for(0, runs, grain, [&](int64_t begin, int64_t end) {
-        for (int64_t run = end - 1; run >= begin; --run) apply(run, int64_t(0), c);
+    const int64_t block = planes ? std::clamp<int64_t>(2048 / hw, 1, c) : c, blocks = (c + block - 1) / block;
+    const auto over = [](int64_t count, int64_t values, auto f) {
+      at::parallel_for(0, count, std::max<int64_t>(1, GRAIN / values), f);
+    };
+    if (planes) {
+      return over(blocks, block * rows * hw, [&](int64_t begin, int64_t end) {
+        for (int64_t first = begin * block; first < std::min(c, end * block); first += block) {
+          const int64_t last = std::min(c, first + block);
+          for (int64_t run = 0; reduces && run < runs; ++run) reduce(run, first, last);
+          settle(first, last);
+          for (int64_t run = runs - 1; run >= 0; --run) apply(run, first, last);
+        }
       });
     }
-    const int64_t block = std::clamp<int64_t>(2048 / hw, 1, c);  // channels, for long stretches of memory
-    at::parallel_for(0, (c + block - 1) / block, std::max<int64_t>(1, GRAIN / (block * rows * hw)),
-                     [&](int64_t begin, int64_t end) {
-      for (int64_t first = begin * block; first < std::min(c, end * block); first += block) {
-        const int64_t last = std::min(c, first + block);
-        for (int64_t run = 0; reduces && run < runs; ++run) reduce(run, first, last);
-        settle(first, last);
-        for (int64_t run = runs - 1; run >= 0; --run) apply(run, first, last);
-      }
+    over(reduces ? runs : 0, each * columns, [&](int64_t begin, int64_t end) {
+      for (int64_t run = begin; run < end; ++run) reduce(run, 0, c);
+    });
+    over(c, 4 * runs, settle);
+    over(runs, each * columns, [&](int64_t begin, int64_t end) {
+      for (int64_t run = end - 1; run >= begin; --run) apply(run, 0, c);
     });
   }
 };
 
-// Numbers of each channel, `repeat` times each, with room for a whole vector at the end.
-struct Tables {
-  const int64_t repeat;
-  std::vector<float> mean, scale, bias, level, tilt;
-
-  explicit Tables(const Layout& l)
-      : repeat(l.repeat), mean(l.columns + W), scale(mean), bias(mean), level(mean), tilt(mean) {}
-
-  void set(std::vector<float>& table, int64_t i, double value) {
-    std::fill_n(&table[i * repeat], repeat, static_cast<float>(value));
-  }
-  void set_point(int64_t i, const float* weight, const float* bias_, float mean_, float rstd) {
-    set(mean, i, mean_);
-    set(scale, i, (weight ? weight[i] : 1) * rstd);
-    set(bias, i, bias_ ? bias_[i] : 0);
-  }
-  std::array<Point, 2> points(int64_t entry) const {
-    const Pack m = load(&mean[entry]), s = load(&scale[entry]), b = load(&bias[entry]);
-    return {{{m[0], s[0], b[0]}, {m[1], s[1], b[1]}}};
-  }
-};
-
-// A sum for each run and entry.
-struct Sums {
+// A number for each channel, `repeat` times, of one run or of each; with room for a whole vector at the end.
+struct Numbers {
   const int64_t repeat, padded;
   std::vector<float> all;
 
-  explicit Sums(const Layout& l) : repeat(l.repeat), padded(l.columns + W), all(l.runs * padded) {}
+  explicit Numbers(const Layout& l, int64_t runs = 1) : repeat(l.repeat), padded(l.columns + W), all(runs * padded) {}
 
-  float* at(int64_t run, int64_t entry) { return &all[run * padded + entry]; }
-  double of(int64_t run, int64_t i) { return std::accumulate(at(run, i * repeat), at(run, i * repeat) + repeat, 0.0); }
+  float* at(int64_t entry, int64_t run = 0) { return &all[run * padded + entry]; }
+  void set(int64_t i, double value, int64_t run = 0) { std::fill_n(at(i * repeat, run), repeat, float(value)); }
+  double sum(int64_t i, int64_t run) { return std::accumulate(at(i * repeat, run), at(i * repeat, run) + repeat, 0.0); }
 };
 
-// What is normalised: a tensor, or the sum of both branches of a seam, which is written, and rounded as it is written.
-template <typename T>
-struct Input {
-  const T *x, *right;
-  T* sum;
+// Of each run, the sum of what row(r) returns for a column, and of the product of the two; rows(column, count) is row.
+struct Sums {
+  const Layout& l;
+  Numbers first, product;
 
-  C10_ALWAYS_INLINE Pack operator()(int64_t at, int64_t count) const {
+  explicit Sums(const Layout& layout) : l(layout), first(l, l.runs), product(l, l.runs) {}
+
+  template <typename F>
+  void add(int64_t run, int64_t begin, int64_t end, bool split, F rows) {
+    l.walk(run, begin, end, split, [&](const Column column, auto count) {
+      Pack sum = load(first.at(column.entry, run)), products = load(product.at(column.entry, run));
+      const auto row = rows(column, count);
+      for (int64_t r = 0; r < column.height; ++r) {
+        auto [a, b] = row(r);
+        cut(a, count), cut(b, count);
+        for (int k = 0; k < 2; ++k) sum[k] = sum[k] + a[k], products[k] = at::vec::fmadd(a[k], b[k], products[k]);
+      }
+      store(first.at(column.entry, run), sum), store(product.at(column.entry, run), products);
+    });
+  }
+};
+
+// What channels are normalised with. Forward and backward must agree on the sign of what LeakyReLU sees.
+struct Norm {
+  Numbers mean, scale, bias;  // scale: weight / deviation
+
+  explicit Norm(const Layout& l) : mean(l), scale(l), bias(l) {}
+
+  template <typename Call>
+  void set(const Call& call, int64_t i) {
+    auto weight = static_cast<const float*>(call.weight), shift = static_cast<const float*>(call.bias);
+    mean.set(i, static_cast<const float*>(call.mean)[i]), bias.set(i, shift ? shift[i] : 0);
+    scale.set(i, (weight ? weight[i] : 1) * static_cast<const float*>(call.rstd)[i]);
+  }
+};
+
+// NORMALISE: else a seam's sum alone. FIRST: LeakyReLU comes first.
+template <typename T, bool NORMALISE, bool FIRST>
+void forward(const Forward& f) {
+  const Layout l(f.shape);
+  const V slope_(float(f.slope));
+  const auto x = static_cast<const T*>(f.x), right = static_cast<const T*>(f.right);
+  const auto sum_of_seam = static_cast<T*>(f.sum);
+  Norm norm(l);
+  Numbers shifts(l, l.runs);
+  Sums sums(l);
+
+  // Values as they are read first: a sum is rounded as it is written.
+  auto read = [=](int64_t at, auto count) C10_ALWAYS_INLINE_ATTRIBUTE {
     Pack values = load(x + at, count);
     if (!right) return values;
     const Pack other = load(right + at, count);
     for (int k = 0; k < 2; ++k) values[k] = values[k] + other[k];
-    store(sum + at, values, count);
-    return load(sum + at, count);
-  }
-};
-
-template <typename T, bool FIRST>
-void forward(const Forward& f) {
-  const Layout l(f.shape);
-  const V slope_(static_cast<float>(f.slope));
-  const Input<T> input{static_cast<const T*>(f.x), static_cast<const T*>(f.right), static_cast<T*>(f.sum)};
-  Tables tables(l);
-  Sums sums(l), squares(l);
-
+    if (!NORMALISE) return values;
+    store(sum_of_seam + at, values, count);
+    return load(sum_of_seam + at, count);
+  };
   // The first value of a channel in a run, from which its sums are shifted.
   auto shift_of = [&](int64_t run, int64_t i) {
-    const int64_t at = l.begin(run) * l.c * l.hw + i * l.hw;
-    const float value = static_cast<float>(input.x[at]) + (input.right ? static_cast<float>(input.right[at]) : 0);
-    return FIRST && !(value > 0) ? value * static_cast<float>(f.slope) : value;
+    const int64_t at = run * l.each * l.c * l.hw + i * l.hw;
+    const float value = right ? float(x[at]) + float(right[at]) : float(x[at]);
+    return !std::isfinite(value) ? 0 : FIRST && value <= 0 ? value * float(f.slope) : value;
   };
   auto reduce = [&](int64_t run, int64_t first, int64_t last) {
-    std::vector<float> shifts((last - first) * l.repeat + W);
-    for (int64_t i = first; i < last; ++i) std::fill_n(&shifts[(i - first) * l.repeat], l.repeat, shift_of(run, i));
-    l.walk(run, first, last, false, [&, input](const Column column, auto count) {
-      const V slope = slope_;
-      float *const to_sum = sums.at(run, column.entry), *const to_square = squares.at(run, column.entry);
-      const Pack shift = load(&shifts[column.entry - first * l.repeat]);
-      Pack sum = load(to_sum), square = load(to_square);
-      for (int64_t r = 0; r < column.height; ++r) {
-        Pack x = input(column.at + r * column.stride, count);
-        for (int k = 0; k < 2; ++k) x[k] = (FIRST ? sloped(x[k], x[k], slope) : x[k]) - shift[k];
-        cut(x, count);
-        for (int k = 0; k < 2; ++k) {
-          sum[k] = sum[k] + x[k];
-          square[k] = at::vec::fmadd(x[k], x[k], square[k]);
-        }
-      }
-      store(to_sum, sum), store(to_square, square);
+    for (int64_t i = first; i < last; ++i) shifts.set(i, shift_of(run, i), run);
+    sums.add(run, first, last, false, [&](const Column column, auto count) {
+      return [=, shift = load(shifts.at(column.entry, run)), slope = slope_](int64_t r) C10_ALWAYS_INLINE_ATTRIBUTE {
+        Pack v = read(column.at + r * column.stride, count);
+        for (int k = 0; k < 2; ++k) v[k] = (FIRST ? leaky(v[k], v[k], slope) : v[k]) - shift[k];
+        return std::pair(v, v);
+      };
     });
   };
   auto settle = [&](int64_t first, int64_t last) {
     auto running_mean = static_cast<float*>(f.running_mean), running_var = static_cast<float*>(f.running_var);
-    for (int64_t i = first; i < last; ++i) {
+    for (int64_t i = first; NORMALISE && i < last; ++i) {
       double mean = 0, apart = 0, count = 0;  // of the values so far; apart: squared distances from the mean
       for (int64_t run = 0; f.training && run < l.runs; ++run) {
-        const double n = (l.end(run) - l.begin(run)) * l.hw, sum = sums.of(run, i), own = shift_of(run, i) + sum / n;
-        const double delta = own - mean;
-        apart += std::max(squares.of(run, i) - sum * sum / n, 0.0) + delta * delta * count * n / (count + n);
+        const double n = (l.end(run) - run * l.each) * l.hw, sum = sums.first.sum(i, run);
+        const double own = *shifts.at(i * l.repeat, run) + sum / n, delta = own - mean;
+        apart += std::max(sums.product.sum(i, run) - sum * sum / n, 0.0) + delta * delta * count * n / (count + n);
         count += n;
         mean += std::isfinite(delta) ? delta * n / count : own;  // an infinite mean stays infinite
       }
@@ -242,136 +231,108 @@ void forward(const Forward& f) {
         running_mean[i] += f.momentum * (mean - running_mean[i]);
         running_var[i] += f.momentum * ((f.biased ? variance : apart / (count - 1)) - running_var[i]);
       }
-      static_cast<float*>(f.mean)[i] = mean;
-      static_cast<float*>(f.rstd)[i] = 1 / std::sqrt(variance + f.eps);
-      tables.set_point(i, static_cast<const float*>(f.weight), static_cast<const float*>(f.bias),
-                       static_cast<float*>(f.mean)[i], static_cast<float*>(f.rstd)[i]);
+      static_cast<float*>(f.mean)[i] = mean, static_cast<float*>(f.rstd)[i] = 1 / std::sqrt(variance + f.eps);
+      norm.set(f, i);
     }
   };
   auto apply = [&](int64_t run, int64_t first, int64_t last) {
-    const Input<T> again = f.training && f.right ? Input<T>{input.sum, nullptr, nullptr} : input;
-    l.walk(run, first, last, f.out[1], [&, again](const Column column, auto count) {
-      const V slope = slope_;
-      const auto points = tables.points(column.entry);
+    l.walk(run, first, last, f.out[1], [&](const Column column, auto count) {
+      const auto mean = load(norm.mean.at(column.entry)), scale = load(norm.scale.at(column.entry));
+      const auto bias = load(norm.bias.at(column.entry));
+      const T* const again = NORMALISE && f.training ? right ? sum_of_seam : x : nullptr;
       T* const out = static_cast<T*>(f.out[column.half]) + column.half_at;
+      const V slope = slope_;
       for (int64_t r = 0; r < column.height; ++r) {
-        Pack x = again(column.at + r * column.stride, count);
-        for (int k = 0; k < 2; ++k) {
-          const V y = points[k].at(FIRST ? sloped(x[k], x[k], slope) : x[k]);
-          x[k] = FIRST ? y : sloped(y, y, slope);
+        const int64_t at = column.at + r * column.stride;
+        Pack v = again ? load(again + at, count) : read(at, count);
+        for (int k = 0; NORMALISE && k < 2; ++k) {
+          if (FIRST) v[k] = leaky(v[k], v[k], slope);
+          v[k] = at::vec::fmadd(v[k] - mean[k], scale[k], bias[k]);
+          if (!FIRST) v[k] = leaky(v[k], v[k], slope);
         }
-        store(out + r * column.half_stride, x, count);
+        store(out + r * column.half_stride, v, count);
       }
     });
   };
-  l.schedule(f.training, reduce, settle, apply);
+  l.schedule(NORMALISE && f.training, reduce, settle, apply);
 }
 
 template <typename T, bool FIRST>
 void backward(const Backward& b) {
   const Layout l(b.shape);
-  const V slope_(static_cast<float>(b.slope));
-  auto mean = static_cast<const float*>(b.mean), rstd = static_cast<const float*>(b.rstd);
-  Tables tables(l);
-  Sums grads(l), products(l);
-  for (int64_t i = 0; i < l.c; ++i) {
-    tables.set_point(i, static_cast<const float*>(b.weight), static_cast<const float*>(b.bias), mean[i], rstd[i]);
-  }
+  const V slope_(float(b.slope));
+  Norm norm(l);
+  Numbers level(l), tilt(l);
+  Sums sums(l);
+  for (int64_t i = 0; i < l.c; ++i) norm.set(b, i);
 
-  // For the values of a column, use(offset in x, x, distance from the mean, gradient of what was normalised).
-  auto down = [&](const Column& column, auto count, auto use) {
-    const V slope = slope_;
-    const auto points = tables.points(column.entry);
-    const T *const x = static_cast<const T*>(b.x) + column.at;
-    const T *const grad = static_cast<const T*>(b.grad[column.half]) + column.half_at;
-    for (int64_t r = 0; r < column.height; ++r) {
-      const Pack values = load(x + r * column.stride, count);
-      Pack apart, g = load(grad + r * column.half_stride, count);
+  // Of each row of a column: x, distance from the mean, gradient of what was normalised.
+  auto rows = [&](const Column column, auto count) C10_ALWAYS_INLINE_ATTRIBUTE {
+    const auto x = static_cast<const T*>(b.x) + column.at, dy = static_cast<const T*>(b.grad[column.half]) + column.half_at;
+    return [=, mean = load(norm.mean.at(column.entry)), scale = load(norm.scale.at(column.entry)),
+            bias = load(norm.bias.at(column.entry)), slope = slope_](int64_t r) C10_ALWAYS_INLINE_ATTRIBUTE {
+      const Pack v = load(x + r * column.stride, count);
+      Pack apart, g = load(dy + r * column.half_stride, count);
       for (int k = 0; k < 2; ++k) {
-        apart[k] = (FIRST ? sloped(values[k], values[k], slope) : values[k]) - points[k].mean;
-        if (!FIRST) g[k] = sloped(g[k], points[k].at(values[k]), slope);
+        apart[k] = (FIRST ? leaky(v[k], v[k], slope) : v[k]) - mean[k];
+        if (!FIRST) g[k] = leaky(g[k], at::vec::fmadd(apart[k], scale[k], bias[k]), slope);
       }
-      use(column.at + r * column.stride, values, apart, g);
-    }
+      return std::tuple(v, apart, g);
+    };
   };
   auto reduce = [&](int64_t run, int64_t first, int64_t last) {
-    l.walk(run, first, last, b.grad[1], [&](const Column column, auto count) {
-      float *const to_grad = grads.at(run, column.entry), *const to_product = products.at(run, column.entry);
-      Pack sum = load(to_grad), product = load(to_product);
-      down(column, count, [&](int64_t, const Pack&, Pack apart, Pack g) {
-        cut(apart, count), cut(g, count);
-        for (int k = 0; k < 2; ++k) {
-          sum[k] = sum[k] + g[k];
-          product[k] = at::vec::fmadd(g[k], apart[k], product[k]);
-        }
-      });
-      store(to_grad, sum), store(to_product, product);
+    sums.add(run, first, last, b.grad[1], [&](const Column column, auto count) {
+      return [row = rows(column, count)](int64_t r) C10_ALWAYS_INLINE_ATTRIBUTE {
+        auto [v, apart, g] = row(r);
+        return std::pair(g, apart);
+      };
     });
   };
   auto settle = [&](int64_t first, int64_t last) {
-    const double count = l.rows * l.hw;
     for (int64_t i = first; i < last; ++i) {
-      double sum = 0, product = 0;
-      for (int64_t run = 0; run < l.runs; ++run) sum += grads.of(run, i), product += products.of(run, i);
+      double sum = 0, product = 0, rstd = static_cast<const float*>(b.rstd)[i];
+      for (int64_t run = 0; run < l.runs; ++run) sum += sums.first.sum(i, run), product += sums.product.sum(i, run);
       if (b.dbias) static_cast<float*>(b.dbias)[i] = sum;
-      if (b.dweight) static_cast<float*>(b.dweight)[i] = product * rstd[i];
-      const double scale = tables.scale[i * l.repeat];
-      tables.set(tables.level, i, scale * sum / count);
-      tables.set(tables.tilt, i, scale * product / count * rstd[i] * rstd[i]);
+      if (b.dweight) static_cast<float*>(b.dweight)[i] = product * rstd;
+      const double share = *norm.scale.at(i * l.repeat) / double(l.rows * l.hw);
+      level.set(i, share * sum), tilt.set(i, share * product * rstd * rstd);
     }
   };
   auto apply = [&](int64_t run, int64_t first, int64_t last) {
     l.walk(run, first, last, b.grad[1], [&](const Column column, auto count) {
-      const Pack scale = load(&tables.scale[column.entry]);
-      const Pack level = load(&tables.level[column.entry]), tilt = load(&tables.tilt[column.entry]);
-      const V slope = slope_;
+      const auto scale = load(norm.scale.at(column.entry)), less = load(level.at(column.entry));
+      const auto slant = load(tilt.at(column.entry));
+      const auto row = rows(column, count);
       const bool training = b.training;
-      T* const dx = static_cast<T*>(b.dx);
-      down(column, count, [&](int64_t at, const Pack& x, const Pack& apart, Pack g) {
+      const V slope = slope_;
+      T* const dx = static_cast<T*>(b.dx) + column.at;
+      for (int64_t r = 0; r < column.height; ++r) {
+        auto [x, apart, g] = row(r);
         for (int k = 0; k < 2; ++k) {
           g[k] = g[k] * scale[k];
-          if (training) g[k] = g[k] - at::vec::fmadd(apart[k], tilt[k], level[k]);
-          if (FIRST) g[k] = sloped(g[k], x[k], slope);
+          if (training) g[k] = g[k] - at::vec::fmadd(apart[k], slant[k], less[k]);
+          if (FIRST) g[k] = leaky(g[k], x[k], slope);
         }
-        store(dx + at, g, count);
-      });
+        store(dx + r * column.stride, g, count);
+      }
     });
   };
   l.schedule(b.training || b.dweight || b.dbias, reduce, settle, apply);
 }
 
-// A seam that is not normalised.
 template <typename T>
-void add(const Forward& f) {
-  const Layout l(f.shape);
-  auto apply = [&](int64_t run, int64_t first, int64_t last) {
-    l.walk(run, first, last, f.out[1], [&](const Column column, auto count) {
-      const T *const left = static_cast<const T*>(f.x) + column.at, *const right = static_cast<const T*>(f.right);
-      T* const out = static_cast<T*>(f.out[column.half]) + column.half_at;
-      for (int64_t r = 0; r < column.height; ++r) {
-        Pack x = load(left + r * column.stride, count);
-        const Pack y = load(right + column.at + r * column.stride, count);
-        for (int k = 0; k < 2; ++k) x[k] = x[k] + y[k];
-        store(out + r * column.half_stride, x, count);
-      }
-    });
-  };
-  l.schedule(false, [](auto...) {}, [](auto...) {}, apply);
+void run(const Forward& f) {
+  f.activate_first ? forward<T, true, true>(f) : f.normalise ? forward<T, true, false>(f) : forward<T, false, false>(f);
 }
 
 template <typename T>
-void run_as(const Forward& f) {
-  f.normalise ? f.activate_first ? forward<T, true>(f) : forward<T, false>(f) : add<T>(f);
-}
-
-template <typename T>
-void run_as(const Backward& b) {
+void run(const Backward& b) {
   b.activate_first ? backward<T, true>(b) : backward<T, false>(b);
 }
 
 }  // namespace
 
-void run_on_cpu(const Forward& f) { f.shape.type == Type::f32 ? run_as<float>(f) : run_as<c10::BFloat16>(f); }
-void run_on_cpu(const Backward& b) { b.shape.type == Type::f32 ? run_as<float>(b) : run_as<c10::BFloat16>(b); }
+void run_on_cpu(const Forward& f) { f.shape.type == Type::f32 ? run<float>(f) : run<c10::BFloat16>(f); }
+void run_on_cpu(const Backward& b) { b.shape.type == Type::f32 ? run<float>(b) : run<c10::BFloat16>(b); }
 
 }  // namespace gan_ops

@@ -43,7 +43,7 @@ __device__ inline float at(const void* numbers, int64_t c, float otherwise) {
   return numbers ? static_cast<const float*>(numbers)[c] : otherwise;
 }
 
-// The naive way: a thread for each channel, value after value, in double. The tests hold the fast way against it. -----
+// The naive way: a thread for each channel, value after value, in double. The tests hold the fast way against it, and have its gradient. --
 
 // Where value i of channel c lies, of `channels` in all.
 __device__ inline int64_t place(const Shape& s, int64_t i, int64_t c, int64_t channels) {
@@ -78,29 +78,6 @@ __global__ void naive_forward(Forward f) {
   static_cast<float*>(f.running_var)[c] += f.momentum * (spread - at(f.running_var, c, 0));
 }
 
-template <typename T>
-__global__ void naive_backward(Backward b) {
-  const int64_t c = blockIdx.x * int64_t{blockDim.x} + threadIdx.x, half = b.shape.c / (b.grad[1] ? 2 : 1);
-  const double count = b.shape.n * b.shape.hw;
-  if (c >= b.shape.c) return;
-  const float mean = at(b.mean, c, 0), rstd = at(b.rstd, c, 0), scale = at(b.weight, c, 1) * rstd;
-  double sum = 0, product = 0;
-  for (int pass = 0; pass < 2; ++pass) {  // sums, dx
-    for (int64_t i = 0; i < count; ++i) {
-      const float x = widen(static_cast<const T*>(b.x)[place(b.shape, i, c, b.shape.c)]);
-      const float apart = (b.activate_first ? leaky(x, x, b.slope) : x) - mean;
-      double g = widen(static_cast<const T*>(b.grad[c / half])[place(b.shape, i, c % half, half)]);
-      if (!b.activate_first && !(affine(apart, scale, at(b.bias, c, 0)) > 0)) g *= b.slope;
-      if (pass == 0) sum += g, product += g * apart;
-      if (b.training) g -= sum / count + apart * (product / count * rstd * rstd);
-      if (b.activate_first && !(x > 0)) g *= b.slope;
-      if (pass == 1) narrow(float(g * scale), static_cast<T*>(b.dx)[place(b.shape, i, c, b.shape.c)]);
-    }
-  }
-  if (b.dweight) static_cast<float*>(b.dweight)[c] = product * rstd;
-  if (b.dbias) static_cast<float*>(b.dbias)[c] = sum;
-}
-
 // The fast way ------------------------------------------------------------------------------------------------------
 
 // What one load brings, in words: 16-bit elements apart would occupy a register each.
@@ -120,7 +97,6 @@ __device__ void unpack(const Vector<T, V>& from, float (&to)[V]) {
   } else if constexpr (sizeof(T) == 4) {
     memcpy(to, from.words, sizeof to);
   } else {
-#pragma unroll
     for (int i = 0; i < V / 2; ++i) {
       const float2 two = widen_two(from.words[i], T{});
       to[2 * i] = two.x, to[2 * i + 1] = two.y;
@@ -135,7 +111,6 @@ __device__ void pack(const float (&from)[V], Vector<T, V>& to) {
   } else if constexpr (sizeof(T) == 4) {
     memcpy(to.words, from, sizeof from);
   } else {
-#pragma unroll
     for (int i = 0; i < V / 2; ++i) to.words[i] = narrow_two(from[2 * i], from[2 * i + 1], T{});
   }
 }
@@ -143,16 +118,17 @@ __device__ void pack(const float (&from)[V], Vector<T, V>& to) {
 // Where a thread works. LANES: channels of a vector.
 template <typename T, int V, int LANES>
 struct Place {
-  int group, part, rank, slot, sharers, channel, rows;  // slot: among the block's sums; sharers: slots of one channel
+  int group, part, rank, ranks, rows;  // rank of ranks; rows of the block, 0 where the thread has no column
+  int channel, slot, sharers;          // its first; among the block's sums; slots of one channel
   int64_t first, column, half_row, half_column;         // first: row of the block
   bool inside, second;                                  // of the tensor; of its halves
 
   __device__ Place(const Geometry& g, bool split, int block) {
     group = block % g.groups, part = block / g.groups;
     const int x = threadIdx.x % g.width, channels = g.width / g.span, inner = part % g.pieces * g.span + x % g.span;
-    rank = threadIdx.x / g.width;
+    rank = threadIdx.x / g.width, ranks = blockDim.x / g.width;
     slot = (rank * g.span + x % g.span) * channels + x / g.span;
-    sharers = g.ranks * g.span;
+    sharers = ranks * g.span;
     const int span = group * channels + x / g.span;
     channel = span * LANES;
     inside = channel < g.c && inner < g.plane;
@@ -177,6 +153,15 @@ struct Place {
   }
 };
 
+// The thread's vectors of kUnroll rows from r on: loads that do not wait for each other.
+template <typename T, int V, class P>
+__device__ void fetch(const Vector<T, V>* from, int row, int r, const P& p, Vector<T, V> (&to)[kUnroll]) {
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    if (r + u * p.ranks < p.rows) to[u] = from[(r + u * p.ranks) * row];
+  }
+}
+
 // What the thread's channels are normalised with.
 template <int LANES>
 struct Norm {
@@ -184,7 +169,6 @@ struct Norm {
 
   template <class Work>
   __device__ Norm(const Work& w, int channel, bool inside) {
-#pragma unroll
     for (int i = 0; i < LANES && inside; ++i) {
       mean[i] = at(w.mean, channel + i, 0), bias[i] = at(w.bias, channel + i, 0);
       scale[i] = at(w.weight, channel + i, 1) * at(w.rstd, channel + i, 0);
@@ -195,13 +179,11 @@ struct Norm {
 // Adds up the sums of all threads of a channel: in `shared`, by lane, where the slots of the first sharers were.
 template <int N, class P>
 __device__ void add_up(const float (&sums)[N], const P& p, int channels, float (*shared)[kThreads]) {
-#pragma unroll
   for (int i = 0; i < N; ++i) shared[i][p.slot] = sums[i];
   for (int live = p.sharers, keep; live > 1; live = keep) {
     keep = (live + 1) / 2;
     __syncthreads();
     if (p.slot >= (live - keep) * channels) continue;
-#pragma unroll
     for (int i = 0; i < N; ++i) shared[i][p.slot] += shared[i][p.slot + keep * channels];
   }
   __syncthreads();
@@ -224,12 +206,10 @@ __device__ bool add_up_all(float (&sums)[2 * LANES], const P& p, const Geometry&
   __syncthreads();
   if (!last) return false;
   __threadfence();
-#pragma unroll
   for (int i = 0; i < 2 * LANES; ++i) sums[i] = 0;
 #pragma unroll 4
   for (int part = p.slot / channels; part < g.parts; part += p.sharers) {
     const float* const from = g.partials + 2 * int64_t{part} * g.padded + channel + p.slot % channels * LANES;
-#pragma unroll
     for (int i = 0; i < 2 * LANES; ++i) sums[i] += __ldcg(from + (i < LANES ? i : i - LANES + g.padded));
   }
   add_up(sums, p, channels, shared);
@@ -260,32 +240,26 @@ __global__ void __launch_bounds__(kThreads, kResident) forward_reduce(Forward f,
   const int row = static_cast<int>(g.row);
   const float slope = f.slope;
   float origin[LANES] = {}, sums[2 * LANES] = {};
-  for (int r = p.rank; r < p.rows; r += kUnroll * g.ranks) {
+  for (int r = p.rank; r < p.rows; r += kUnroll * p.ranks) {
     Vector<T, V> held[kUnroll], other[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (r + u * g.ranks < p.rows) held[u] = x[(r + u * g.ranks) * row];
-      if (MODE == Mode::sum && r + u * g.ranks < p.rows) other[u] = right[(r + u * g.ranks) * row];
-    }
+    fetch(x, row, r, p, held);
+    if (MODE == Mode::sum) fetch(right, row, r, p, other);
     if (r == p.rank) {  // behind the first loads, which take as long
-#pragma unroll
       for (int i = 0; i < LANES; ++i) origin[i] = origin_of<T, MODE>(f, p.channel + i);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      if (r + u * g.ranks >= p.rows) break;
+      if (r + u * p.ranks >= p.rows) break;
       float v[V];
       unpack(held[u], v);
       if (MODE == Mode::sum) {
         float w[V];
         unpack(other[u], w);
-#pragma unroll
         for (int j = 0; j < V; ++j) v[j] += w[j];
         pack(v, held[u]);
-        sum[(r + u * g.ranks) * row] = held[u];
+        sum[(r + u * p.ranks) * row] = held[u];
         unpack(held[u], v);
       }
-#pragma unroll
       for (int j = 0; j < V; ++j) {
         const float apart = (MODE == Mode::activate_first ? leaky(v[j], v[j], slope) : v[j]) - origin[j % LANES];
         sums[j % LANES] += apart;
@@ -330,20 +304,16 @@ __global__ void __launch_bounds__(kThreads, kResident) forward_apply(Forward f, 
   const float slope = f.slope;
   wait_for_previous_launch();
   const Norm<LANES> norm(f, p.channel, MODE != Mode::sum);
-  for (int r = p.rank; r < p.rows; r += kUnroll * g.ranks) {
+  for (int r = p.rank; r < p.rows; r += kUnroll * p.ranks) {
     Vector<T, V> held[kUnroll], other[kUnroll];
+    fetch(x, row, r, p, held);
+    if (MODE == Mode::sum) fetch(right, row, r, p, other);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      if (r + u * g.ranks < p.rows) held[u] = x[(r + u * g.ranks) * row];
-      if (MODE == Mode::sum && r + u * g.ranks < p.rows) other[u] = right[(r + u * g.ranks) * row];
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (r + u * g.ranks >= p.rows) break;
+      if (r + u * p.ranks >= p.rows) break;
       float v[V], w[V];
       unpack(held[u], v);
       if (MODE == Mode::sum) unpack(other[u], w);
-#pragma unroll
       for (int j = 0; j < V; ++j) {
         const int i = j % LANES;
         if (MODE == Mode::sum) v[j] += w[j];
@@ -352,7 +322,7 @@ __global__ void __launch_bounds__(kThreads, kResident) forward_apply(Forward f, 
         if (MODE == Mode::norm) v[j] = leaky(v[j], v[j], slope);
       }
       pack(v, held[u]);
-      out[(r + u * g.ranks) * half_row] = held[u];
+      out[(r + u * p.ranks) * half_row] = held[u];
     }
   }
 }
@@ -368,19 +338,14 @@ __global__ void __launch_bounds__(kThreads, kResident) backward_reduce(Backward 
   const float slope = b.slope;
   const Norm<LANES> norm(b, p.channel, p.inside);
   float sums[2 * LANES] = {};
-  for (int r = p.rank; r < p.rows; r += kUnroll * g.ranks) {
+  for (int r = p.rank; r < p.rows; r += kUnroll * p.ranks) {
     Vector<T, V> held[kUnroll], grads[kUnroll];
+    fetch(x, row, r, p, held), fetch(grad, half_row, r, p, grads);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      if (r + u * g.ranks < p.rows) held[u] = x[(r + u * g.ranks) * row];
-      if (r + u * g.ranks < p.rows) grads[u] = grad[(r + u * g.ranks) * half_row];
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (r + u * g.ranks >= p.rows) break;
+      if (r + u * p.ranks >= p.rows) break;
       float v[V], d[V];
       unpack(held[u], v), unpack(grads[u], d);
-#pragma unroll
       for (int j = 0; j < V; ++j) {
         const int i = j % LANES;
         const float apart = (FIRST ? leaky(v[j], v[j], slope) : v[j]) - norm.mean[i];
@@ -415,23 +380,17 @@ __global__ void __launch_bounds__(kThreads, kResident) backward_apply(Backward b
   wait_for_previous_launch();
   const Norm<LANES> norm(b, p.channel, true);
   float level[LANES] = {}, tilt[LANES] = {};
-#pragma unroll
   for (int i = 0; i < LANES && TRAINING; ++i) {
     level[i] = g.terms[p.channel + i], tilt[i] = g.terms[g.padded + p.channel + i];
   }
-  for (int r = p.rank; r < p.rows; r += kUnroll * g.ranks) {
+  for (int r = p.rank; r < p.rows; r += kUnroll * p.ranks) {
     Vector<T, V> held[kUnroll], grads[kUnroll];
+    fetch(x, row, r, p, held), fetch(grad, half_row, r, p, grads);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      if (r + u * g.ranks < p.rows) held[u] = x[(r + u * g.ranks) * row];
-      if (r + u * g.ranks < p.rows) grads[u] = grad[(r + u * g.ranks) * half_row];
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (r + u * g.ranks >= p.rows) break;
+      if (r + u * p.ranks >= p.rows) break;
       float v[V], d[V];
       unpack(held[u], v), unpack(grads[u], d);
-#pragma unroll
       for (int j = 0; j < V; ++j) {
         const int i = j % LANES;
         const float apart = (FIRST ? leaky(v[j], v[j], slope) : v[j]) - norm.mean[i];
@@ -441,7 +400,7 @@ __global__ void __launch_bounds__(kThreads, kResident) backward_apply(Backward b
         if (FIRST) d[j] = leaky(d[j], v[j], slope);
       }
       pack(d, held[u]);
-      dx[(r + u * g.ranks) * row] = held[u];
+      dx[(r + u * p.ranks) * row] = held[u];
     }
   }
 }

@@ -15,6 +15,30 @@ using namespace gan_ops;
 
 namespace {
 
+// The naive way back, as naive_forward in cuda_kernels.h; mean and rstd are given, and decide the sign in float.
+template <typename T>
+void naive_backward(Backward b) {
+  const int64_t c = blockIdx.x, half = b.shape.c / (b.grad[1] ? 2 : 1);
+  const double count = b.shape.n * b.shape.hw;
+  if (c >= b.shape.c) return;
+  const float mean = at(b.mean, c, 0), rstd = at(b.rstd, c, 0), scale = at(b.weight, c, 1) * rstd;
+  double sum = 0, product = 0;
+  for (int pass = 0; pass < 2; ++pass) {  // sums, dx
+    for (int64_t i = 0; i < count; ++i) {
+      const float x = widen(static_cast<const T*>(b.x)[place(b.shape, i, c, b.shape.c)]);
+      const float apart = (b.activate_first ? leaky(x, x, b.slope) : x) - mean;
+      double g = widen(static_cast<const T*>(b.grad[c / half])[place(b.shape, i, c % half, half)]);
+      if (!b.activate_first && !(affine(apart, scale, at(b.bias, c, 0)) > 0)) g *= b.slope;
+      if (pass == 0) sum += g, product += g * apart;
+      if (b.training) g -= sum / count + apart * (product / count * rstd * rstd);
+      if (b.activate_first && !(x > 0)) g *= b.slope;
+      if (pass == 1) narrow(float(g * scale), static_cast<T*>(b.dx)[place(b.shape, i, c, b.shape.c)]);
+    }
+  }
+  if (b.dweight) static_cast<float*>(b.dweight)[c] = product * rstd;
+  if (b.dbias) static_cast<float*>(b.dbias)[c] = sum;
+}
+
 struct Free {
   void operator()(void* p) const { std::free(p); }
 };
