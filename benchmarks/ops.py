@@ -1,20 +1,27 @@
-"""python benchmarks/ops.py: gan_ops against eager PyTorch and torch.compile, at every place between two convolutions.
+"""python benchmarks/ops.py: gan_ops against eager PyTorch, torch.compile and Triton, at every place between convolutions.
 
 The sides take turns within a row, round by round, and a figure is the median of its rounds. Forward runs without
-gradients; forward+backward is forward, then torch.autograd.grad for inputs, weight and bias; both ratios and the last
+gradients; forward+backward is forward, then torch.autograd.grad for inputs, weight and bias; ratios and the last
 column belong to it. The floor is what it needs at the speed of dst.copy_(src), measured in the same rounds on tensors
 of the row's size and type: 8 passes over such a tensor (forward reads twice and writes once, backward reads x and the
 gradient twice and writes once), 10 at a seam (forward reads two tensors and writes their sum, reads that and writes).
 Where tensors are small, all figures and the floor are mostly the cost of calls, on CUDA of launches.
+
+On the CPU --keep-memory has the C library keep what is freed, for all sides alike: fresh pages, which the system clears,
+cost as much as a pass or two, and whether they are needed is decided by what a program does besides.
 """
-import argparse, functools, itertools, json, math, statistics, time
+import argparse, itertools, json, math, os, platform, statistics, sys, time
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
-from pack import machine  # which makes the scripts' folder known
-import cspup128
+import gan_ops  # after torch, whose libraries it needs
+try:
+    import triton
+    from triton import language as tl
+except ImportError:  # it comes with torch for CUDA
+    triton = None
 
 BN_ACT, SEAM, SUM, ACT_BN = "batch norm, LeakyReLU", "split-add", "split-add, unsplit", "LeakyReLU, batch norm"
 PLACES = {  # channels and height; of 2-D inputs, channels
@@ -24,33 +31,102 @@ PLACES = {  # channels and height; of 2-D inputs, channels
 TYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 COPY, FORWARD, BOTH = KINDS = ("copy", "forward", "forward+backward")
-SIDES = ("ours", "eager", "compiled")
+SIDES = ("ours", "eager", "compiled", "triton")
 RATIOS = {f"{kind}, {side}/ours": (kind, side) for kind in KINDS[1:] for side in SIDES[1:]}
+KEEP = dict(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="8589934592")
 LEAST = 0.02  # seconds that a measurement takes, so that neither the clock nor one-off costs matter
-say_once = functools.cache(print)
+
+if triton:
+    @triton.jit
+    def one_pass(x, dy, out, norm, rows, c, tiles, slope, HW: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
+                 FIRST: tl.constexpr, BACK: tl.constexpr, REDUCE: tl.constexpr):
+        """Over tiles of R values of K channels: two sums of each channel, or y or dx. FIRST: LeakyReLU comes first."""
+        channel, part = tl.program_id(0) * K + tl.arange(0, K), tl.program_id(1)
+        known = channel < c
+        mean, scale = tl.load(norm + channel, known, 0)[None, :], tl.load(norm + c + channel, known, 0)[None, :]
+        bias, level = tl.load(norm + 2 * c + channel, known, 0)[None, :], tl.load(norm + 3 * c + channel, known, 0)[None, :]
+        tilt = tl.load(norm + 4 * c + channel, known, 0)[None, :]
+        one, two = tl.zeros((K,), tl.float32), tl.zeros((K,), tl.float32)
+        for tile in range(part * tiles, (part + 1) * tiles):
+            row = tile * R + tl.arange(0, R)[:, None]
+            place, inside = (row // HW * c + channel[None, :]) * HW + row % HW, (row < rows) & known[None, :]
+            v = tl.load(x + place, inside, 0).to(tl.float32)
+            y = tl.where(inside, (tl.where(v > 0, v, v * slope) if FIRST else v) - mean, 0)
+            g = y
+            if BACK:
+                g = tl.load(dy + place, inside, 0).to(tl.float32)
+                g = g if FIRST else tl.where(y * scale + bias > 0, g, g * slope)
+            if REDUCE:
+                one += tl.sum(g, 0)
+                two += tl.sum(g * y, 0)
+            else:
+                y = g * scale - level - y * tilt if BACK else y * scale + bias
+                corner = (v if BACK else v * 0 + 1) if FIRST else (y * 0 + 1 if BACK else y)
+                tl.store(out + place, tl.where(corner > 0, y, y * slope).to(out.dtype.element_ty), inside)
+        if REDUCE:
+            tl.store(out + 2 * part * c + channel, one, known)
+            tl.store(out + (2 * part + 1) * c + channel, two, known)
+
+
+class Triton(torch.autograd.Function):
+    """As one would write it there: two launches each way, and PyTorch's own for the channels' numbers; no seams."""
+    @staticmethod
+    def run(x, dy, norm, slope, first, back, reduces, parts=128):
+        c, rows, hw = x.shape[1], x.numel() // x.shape[1], x[0, 0].numel() if x.is_contiguous() else 1
+        r, k = (64, 32) if hw == 1 else (2048, 1)
+        tiles = triton.cdiv(triton.cdiv(rows, r), parts)
+        parts = triton.cdiv(rows, r * tiles)
+        out = x.new_empty(parts, 2, c, dtype=torch.float32) if reduces else torch.empty_like(x)
+        one_pass[triton.cdiv(c, k), parts](x, dy, out, norm, rows, c, tiles, slope, hw, r, k, first, back, reduces)
+        return out.sum(0) if reduces else out
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, mean, var, momentum, eps, slope, first):
+        ctx.slope, ctx.first, ctx.count = slope, first, x.numel() // x.shape[1]
+        shift = x.detach()[0].flatten(1)[:, 0].float() if x.dim() > 2 else x.detach()[0].float()
+        norm = torch.stack([F.leaky_relu(shift, slope) if first else shift] + 4 * [torch.zeros_like(shift)])
+        one, two = Triton.run(x, x, norm, slope, first, False, True) / ctx.count
+        spread = (two - one * one).clamp_min(0)
+        ctx.rstd = (spread + eps).rsqrt()
+        norm[0] += one
+        norm[1], norm[2] = ctx.rstd * weight, bias
+        mean.lerp_(norm[0], momentum), var.lerp_(spread * (ctx.count / (ctx.count - 1)), momentum)
+        ctx.save_for_backward(x, norm)
+        return Triton.run(x, x, norm, slope, first, False, False)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, norm = ctx.saved_tensors
+        one, two = Triton.run(x, dy, norm, ctx.slope, ctx.first, True, True)
+        norm = torch.cat([norm[:3], (norm[1] * one / ctx.count)[None], (norm[1] * two / ctx.count * ctx.rstd**2)[None]])
+        return Triton.run(x, dy, norm, ctx.slope, ctx.first, True, False), two * ctx.rstd, one, *[None] * 6
 
 
 def sides_of(operation, layout):
-    """gan_ops and the same of PyTorch's own operations: functions of a norm's tensors and the inputs; return lists."""
-    ops, seam, numbers, slope = torch.ops.gan_ops, operation in (SEAM, SUM), (True, 0.1, 1e-5), 0.2
-    single = ops.leaky_relu_batch_norm if operation == ACT_BN else ops.batch_norm_leaky_relu
+    """The sides' functions of a norm's tensors and the inputs; they return lists."""
+    ops, seam, numbers, slope, first = torch.ops.gan_ops, operation in (SEAM, SUM), (0.1, 1e-5), 0.2, operation == ACT_BN
+    single = ops.leaky_relu_batch_norm if first else ops.batch_norm_leaky_relu
 
     def ours(mean, var, weight, bias, *inputs):
-        norm = (weight, bias, mean, var, *numbers, slope)
+        norm = (weight, bias, mean, var, True, *numbers, slope)
         if seam:
             return ops.split_add_batch_norm_leaky_relu(*inputs, *norm, operation == SEAM)
         return [single(*inputs, *norm)]
 
     def eager(mean, var, weight, bias, x, right=None):
-        if operation == ACT_BN:
-            return [F.batch_norm(F.leaky_relu(x, slope), mean, var, weight, bias, *numbers)]
+        if first:
+            return [F.batch_norm(F.leaky_relu(x, slope), mean, var, weight, bias, True, *numbers)]
         x = x + right if seam else x
-        y = F.leaky_relu(F.batch_norm(x, mean, var, weight, bias, *numbers), slope)
+        y = F.leaky_relu(F.batch_norm(x, mean, var, weight, bias, True, *numbers), slope)
         if not seam:
             return [y]
         halves = y.chunk(2 if operation == SEAM else 1, dim=1)
         return [half.contiguous(memory_format=layout) for half in halves]  # as the next convolution wants them
-    return ours, eager
+
+    def by_triton(mean, var, weight, bias, x):
+        return [Triton.apply(x, weight, bias, mean, var, *numbers, slope, first)]
+    sides = dict(ours=ours, eager=eager, compiled=torch.compile(eager, dynamic=False))
+    return dict(sides, triton=by_triton) if triton and torch.cuda.is_available() and not seam else sides
 
 
 def make_sets(row, device, layout):
@@ -105,39 +181,31 @@ def warm_up(kind, call, turns, device):
     return count
 
 
-def peak_of(call, arguments):
-    """MiB of GPU memory that a call needs beyond what is held before it."""
-    held = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call(*arguments)
-    return (torch.cuda.max_memory_allocated() - held) / 2**20
-
-
 def measure(row, device, options):
     """The row with its figures, in milliseconds."""
     torch._dynamo.reset()  # else the rows add up to its limit of recompilations
     layout = LAYOUTS.get(row["layout"], torch.contiguous_format)
-    sets, (ours, eager) = make_sets(row, device, layout), sides_of(row["operation"], layout)
+    sets = make_sets(row, device, layout)
     norm = [make(row["shape"][1], device=device) for make in (torch.zeros, torch.ones, torch.ones, torch.zeros)]
     norm[2].requires_grad_(), norm[3].requires_grad_()
-    turns, calls = itertools.cycle(sets), {(COPY, COPY): lambda inputs, grads, copy: copy.copy_(inputs[0])}
-    calls.update(make_calls("ours", ours, norm) | make_calls("eager", eager, norm))
-    counts = {key: warm_up(key[0], call, turns, device) for key, call in calls.items()}
-    if not options.no_compile:
+    turns, calls, counts = itertools.cycle(sets), {}, {}
+    sides = {(COPY, COPY): lambda inputs, grads, copy: copy.copy_(inputs[0])}
+    for side, function in sides_of(row["operation"], layout).items():
+        sides |= make_calls(side, function, norm) if side not in options.without else {}
+    for key, call in sides.items():
         try:
-            compiled = make_calls("compiled", torch.compile(eager, dynamic=False), norm)
-            counts.update({key: warm_up(key[0], call, turns, device) for key, call in compiled.items()})
-            calls.update(compiled)
+            counts[key], calls[key] = warm_up(key[0], call, turns, device), call
         except Exception as error:  # such as no compiler, or a Python that it does not know
-            say_once(f"no torch.compile where there is a -: {type(error).__name__}: {cspup128.one_line(error)[:300]}")
+            if key[1] in ("ours", "eager", COPY):
+                raise
+            print(f"no {key[1]}: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}")
     rounds = {kind: {side: [] for other, side in calls if other == kind} for kind in KINDS}
     for _, ((kind, side), call) in itertools.product(range(options.rounds), calls.items()):
         rounds[kind][side].append(1000 * seconds(kind, call, turns, counts[kind, side], device))
     ms = {kind: {side: statistics.median(values) for side, values in rounds[kind].items()} for kind in KINDS}
     ratios = {name: ms[kind][s] / ms[kind]["ours"] if s in ms[kind] else None for name, (kind, s) in RATIOS.items()}
     floor = ms[COPY][COPY] / 2 * (10 if row["operation"] in (SEAM, SUM) else 8)  # a copy is two passes
-    peaks = {s: peak_of(calls[BOTH, s], sets[0]) for s in SIDES[:2]} if device.type == "cuda" else {}
-    return dict(row, sets=len(sets), floor=floor, ms=ms, ratios=ratios, peak_mib=peaks, rounds=rounds)
+    return dict(row, sets=len(sets), floor=floor, ms=ms, ratios=ratios)
 
 
 def cells(values, form=".3g"):
@@ -151,8 +219,7 @@ def label(row):
 def print_row(row):
     times = [row["ms"][kind].get(side) for kind in KINDS[1:] for side in SIDES] + [row["floor"]]
     share = cells([row["floor"] / row["ms"][BOTH]["ours"]], ".0%")
-    ratios = cells([row["ratios"][name] for name in list(RATIOS)[2:]], ".2f")
-    print(label(row) + cells(times) + ratios + share + cells(row["peak_mib"].values()), flush=True)
+    print(label(row) + cells(times) + cells([row["ratios"][name] for name in list(RATIOS)[3:]], ".2f") + share, flush=True)
 
 
 def summarise(rows):
@@ -193,24 +260,27 @@ def main():
     add("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="of 4-D inputs; 2-D ones have but one")
     add("--only", nargs="+", default=[""], metavar="TEXT", help="rows with this in the operation, or in CxH (64x32)")
     add("--rounds", type=int, default=5)
-    add("--no-compile", action="store_true", help="leave torch.compile out")
+    add("--without", nargs="+", default=[], choices=SIDES[2:])
+    add("--keep-memory", action="store_true", help="of the C library, see above; CPU")
+    add("--threads", type=int)
     add("--json", type=Path, help="write the results there")
     options = parser.parse_args()
+    if options.keep_memory and any(os.environ.get(key) != value for key, value in KEEP.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP)  # it is read when a process starts
     cuda = options.device != "cpu" and torch.cuda.is_available()
     if options.device == "cuda" and not cuda:
         parser.error("--device cuda: torch finds none")
     device = torch.device("cuda" if cuda else "cpu")
-    if (state := cspup128.use_gan_ops(device)) != "serves":
-        print(f"gan_ops {state}")
-        raise SystemExit(2)
-    import gan_ops  # after torch, whose libraries it needs
-    about = dict(machine(), threads=torch.get_num_threads(), gan_ops=" ".join(gan_ops.devices),
-                 device=torch.cuda.get_device_name() if cuda else "cpu")
+    if device.type not in gan_ops.devices:
+        parser.error(f"gan_ops is built without {device.type}: {gan_ops.without_cuda}")
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    about = dict(machine=platform.machine(), torch=torch.__version__, threads=torch.get_num_threads(),
+                 device=torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability(),
+                 memory="kept" if options.keep_memory else "as the C library does")
     print(*(f"{name} {value}" for name, value in about.items()), sep="; ")
-    print(f"{'forward ms':>81}{'forward+backward ms':>27}{'':9}" + cells(["eager", "compiled", "of copy"])
-          + f"{'peak MiB':>18}" * cuda)
-    print(f"{'operation':21} {'shape':13} {'layout':13} type"
-          + cells([*SIDES, *SIDES, "floor", "/ours", "/ours", "speed", *SIDES[:2 * cuda]]), flush=True)
+    print(f"{'forward ms':>87}{'forward+backward ms':>36}{'':9}" + cells([*SIDES[1:], "of copy"]))
+    print(f"{'operation':21} {'shape':13} {'layout':13} type" + cells([*SIDES, *SIDES, "floor", *["/ours"] * 3, "speed"]),
+          flush=True)
     rows = []
     try:
         for row in rows_of(options):

@@ -14,7 +14,6 @@
 #include <array>
 #include <cmath>
 #include <numeric>
-#include <tuple>
 #include <vector>
 
 #include "params.h"
@@ -28,8 +27,12 @@ constexpr int W = 2 * V::size();  // values of a column in a row
 constexpr int64_t GRAIN = 16384;  // values that a thread is worth starting for
 using Full = std::integral_constant<int64_t, W>;  // a count of values that is known when the loop is compiled
 
+// Fetches what lies `ahead` too, which comes next, since the processor foresees only long stretches.
 template <typename T>
-C10_ALWAYS_INLINE Pack load(const T* from, int64_t count = W) {
+C10_ALWAYS_INLINE Pack load(const T* from, int64_t count = W, int64_t ahead = 0) {
+#ifdef __GNUC__
+  if (ahead) __builtin_prefetch(from + ahead);
+#endif
   if constexpr (std::is_same_v<T, float>) {
     return {V::loadu(from, std::min<int64_t>(count, W / 2)), V::loadu(from + W / 2, std::max<int64_t>(count - W / 2, 0))};
   } else {
@@ -62,7 +65,7 @@ C10_ALWAYS_INLINE V leaky(V value, V test, V slope) { return V::blendv(value * s
 struct Column {
   int64_t at, half_at, half;            // offsets in a tensor, and in the half of it that is number `half`
   int64_t entry;                        // of its first value in Numbers
-  int64_t height, stride, half_stride;
+  int64_t height, stride, half_stride, ahead;
 };
 
 struct Layout {
@@ -81,11 +84,11 @@ struct Layout {
   // f(column, count) for the values of channels [first, last) in a run; of all channels, where planes are small.
   template <typename F>
   void walk(int64_t run, int64_t first, int64_t last, bool split, F f) const {
-    const int64_t half = split ? c / 2 : c, length = half * hw, tall = std::clamp<int64_t>(2048 / columns, 4, 32);
+    const int64_t half = split ? c / 2 : c, length = half * hw, tall = std::clamp<int64_t>(1024 / columns, 4, 16);
     for (int64_t m = run * each; planes && m < end(run); ++m) {
       for (int64_t i = first; i < last; ++i) {
         const int64_t second = i >= half, whole = hw / W * W;
-        Column column{(m * c + i) * hw, (m * half + i - second * half) * hw, second, i * W, hw / W, W, W};
+        Column column{(m * c + i) * hw, (m * half + i - second * half) * hw, second, i * W, hw / W, W, W, 16 * W};
         f(column, Full{});
         column.at += whole, column.half_at += whole, column.height = 1;
         if (whole < hw) f(column, hw - whole);
@@ -94,7 +97,7 @@ struct Layout {
     for (int64_t m = run * each; !planes && m < end(run); m += tall) {
       for (int64_t i = 0; i < length * (1 + split); i += i % length + W < length ? W : length - i % length) {
         const int64_t height = std::min(tall, end(run) - m), count = length - i % length;
-        const Column column{m * columns + i, m * length + i % length, i / length, i, height, columns, length};
+        const Column column{m * columns + i, m * length + i % length, i / length, i, height, columns, length, tall * length};
         count < W ? f(column, count) : f(column, Full{});
       }
     }
@@ -140,28 +143,6 @@ struct Numbers {
   double sum(int64_t i, int64_t run) { return std::accumulate(at(i * repeat, run), at(i * repeat, run) + repeat, 0.0); }
 };
 
-// Of each run, the sum of what row(r) returns for a column, and of the product of the two; rows(column, count) is row.
-struct Sums {
-  const Layout& l;
-  Numbers first, product;
-
-  explicit Sums(const Layout& layout) : l(layout), first(l, l.runs), product(l, l.runs) {}
-
-  template <typename F>
-  void add(int64_t run, int64_t begin, int64_t end, bool split, F rows) {
-    l.walk(run, begin, end, split, [&](const Column column, auto count) {
-      Pack sum = load(first.at(column.entry, run)), products = load(product.at(column.entry, run));
-      const auto row = rows(column, count);
-      for (int64_t r = 0; r < column.height; ++r) {
-        auto [a, b] = row(r);
-        cut(a, count), cut(b, count);
-        for (int k = 0; k < 2; ++k) sum[k] = sum[k] + a[k], products[k] = at::vec::fmadd(a[k], b[k], products[k]);
-      }
-      store(first.at(column.entry, run), sum), store(product.at(column.entry, run), products);
-    });
-  }
-};
-
 // What channels are normalised with. Forward and backward must agree on the sign of what LeakyReLU sees.
 struct Norm {
   Numbers mean, scale, bias;  // scale: weight / deviation
@@ -184,14 +165,13 @@ void forward(const Forward& f) {
   const auto x = static_cast<const T*>(f.x), right = static_cast<const T*>(f.right);
   const auto sum_of_seam = static_cast<T*>(f.sum);
   Norm norm(l);
-  Numbers shifts(l, l.runs);
-  Sums sums(l);
+  Numbers shifts(l, l.runs), sums(l, l.runs), squares(l, l.runs);
 
   // Values as they are read first: a sum is rounded as it is written.
-  auto read = [=](int64_t at, auto count) C10_ALWAYS_INLINE_ATTRIBUTE {
-    Pack values = load(x + at, count);
+  auto read = [=](int64_t at, auto count, int64_t ahead) C10_ALWAYS_INLINE_ATTRIBUTE {
+    Pack values = load(x + at, count, ahead);
     if (!right) return values;
-    const Pack other = load(right + at, count);
+    const Pack other = load(right + at, count, ahead);
     for (int k = 0; k < 2; ++k) values[k] = values[k] + other[k];
     if (!NORMALISE) return values;
     store(sum_of_seam + at, values, count);
@@ -205,12 +185,17 @@ void forward(const Forward& f) {
   };
   auto reduce = [&](int64_t run, int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) shifts.set(i, shift_of(run, i), run);
-    sums.add(run, first, last, false, [&](const Column column, auto count) {
-      return [=, shift = load(shifts.at(column.entry, run)), slope = slope_](int64_t r) C10_ALWAYS_INLINE_ATTRIBUTE {
-        Pack v = read(column.at + r * column.stride, count);
+    l.walk(run, first, last, false, [&](const Column column, auto count) {
+      const Pack shift = load(shifts.at(column.entry, run));
+      const V slope = slope_;
+      Pack sum = load(sums.at(column.entry, run)), square = load(squares.at(column.entry, run));
+      for (int64_t r = 0; r < column.height; ++r) {
+        Pack v = read(column.at + r * column.stride, count, column.ahead);
         for (int k = 0; k < 2; ++k) v[k] = (FIRST ? leaky(v[k], v[k], slope) : v[k]) - shift[k];
-        return std::pair(v, v);
-      };
+        cut(v, count);
+        for (int k = 0; k < 2; ++k) sum[k] = sum[k] + v[k], square[k] = at::vec::fmadd(v[k], v[k], square[k]);
+      }
+      store(sums.at(column.entry, run), sum), store(squares.at(column.entry, run), square);
     });
   };
   auto settle = [&](int64_t first, int64_t last) {
@@ -218,9 +203,9 @@ void forward(const Forward& f) {
     for (int64_t i = first; NORMALISE && i < last; ++i) {
       double mean = 0, apart = 0, count = 0;  // of the values so far; apart: squared distances from the mean
       for (int64_t run = 0; f.training && run < l.runs; ++run) {
-        const double n = (l.end(run) - run * l.each) * l.hw, sum = sums.first.sum(i, run);
+        const double n = (l.end(run) - run * l.each) * l.hw, sum = sums.sum(i, run);
         const double own = *shifts.at(i * l.repeat, run) + sum / n, delta = own - mean;
-        apart += std::max(sums.product.sum(i, run) - sum * sum / n, 0.0) + delta * delta * count * n / (count + n);
+        apart += std::max(squares.sum(i, run) - sum * sum / n, 0.0) + delta * delta * count * n / (count + n);
         count += n;
         mean += std::isfinite(delta) ? delta * n / count : own;  // an infinite mean stays infinite
       }
@@ -244,7 +229,7 @@ void forward(const Forward& f) {
       const V slope = slope_;
       for (int64_t r = 0; r < column.height; ++r) {
         const int64_t at = column.at + r * column.stride;
-        Pack v = again ? load(again + at, count) : read(at, count);
+        Pack v = again ? load(again + at, count, column.ahead) : read(at, count, column.ahead);
         for (int k = 0; NORMALISE && k < 2; ++k) {
           if (FIRST) v[k] = leaky(v[k], v[k], slope);
           v[k] = at::vec::fmadd(v[k] - mean[k], scale[k], bias[k]);
@@ -262,36 +247,39 @@ void backward(const Backward& b) {
   const Layout l(b.shape);
   const V slope_(float(b.slope));
   Norm norm(l);
-  Numbers level(l), tilt(l);
-  Sums sums(l);
+  Numbers grads(l, l.runs), products(l, l.runs), level(l), tilt(l);
   for (int64_t i = 0; i < l.c; ++i) norm.set(b, i);
 
-  // Of each row of a column: x, distance from the mean, gradient of what was normalised.
-  auto rows = [&](const Column column, auto count) C10_ALWAYS_INLINE_ATTRIBUTE {
+  // Down a column, use(row, x, distance from the mean, gradient of what was normalised).
+  auto down = [&](const Column& column, auto count, auto use) C10_ALWAYS_INLINE_ATTRIBUTE {
+    const auto mean = load(norm.mean.at(column.entry)), scale = load(norm.scale.at(column.entry));
+    const auto bias = load(norm.bias.at(column.entry));
     const auto x = static_cast<const T*>(b.x) + column.at, dy = static_cast<const T*>(b.grad[column.half]) + column.half_at;
-    return [=, mean = load(norm.mean.at(column.entry)), scale = load(norm.scale.at(column.entry)),
-            bias = load(norm.bias.at(column.entry)), slope = slope_](int64_t r) C10_ALWAYS_INLINE_ATTRIBUTE {
-      const Pack v = load(x + r * column.stride, count);
-      Pack apart, g = load(dy + r * column.half_stride, count);
+    const V slope = slope_;
+    for (int64_t r = 0; r < column.height; ++r) {
+      const Pack v = load(x + r * column.stride, count, column.ahead);
+      Pack apart, g = load(dy + r * column.half_stride, count, column.ahead);
       for (int k = 0; k < 2; ++k) {
         apart[k] = (FIRST ? leaky(v[k], v[k], slope) : v[k]) - mean[k];
         if (!FIRST) g[k] = leaky(g[k], at::vec::fmadd(apart[k], scale[k], bias[k]), slope);
       }
-      return std::tuple(v, apart, g);
-    };
+      use(r, v, apart, g);
+    }
   };
   auto reduce = [&](int64_t run, int64_t first, int64_t last) {
-    sums.add(run, first, last, b.grad[1], [&](const Column column, auto count) {
-      return [row = rows(column, count)](int64_t r) C10_ALWAYS_INLINE_ATTRIBUTE {
-        auto [v, apart, g] = row(r);
-        return std::pair(g, apart);
-      };
+    l.walk(run, first, last, b.grad[1], [&](const Column column, auto count) {
+      Pack sum = load(grads.at(column.entry, run)), product = load(products.at(column.entry, run));
+      down(column, count, [&](int64_t, const Pack&, Pack apart, Pack g) C10_ALWAYS_INLINE_ATTRIBUTE {
+        cut(apart, count), cut(g, count);
+        for (int k = 0; k < 2; ++k) sum[k] = sum[k] + g[k], product[k] = at::vec::fmadd(g[k], apart[k], product[k]);
+      });
+      store(grads.at(column.entry, run), sum), store(products.at(column.entry, run), product);
     });
   };
   auto settle = [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       double sum = 0, product = 0, rstd = static_cast<const float*>(b.rstd)[i];
-      for (int64_t run = 0; run < l.runs; ++run) sum += sums.first.sum(i, run), product += sums.product.sum(i, run);
+      for (int64_t run = 0; run < l.runs; ++run) sum += grads.sum(i, run), product += products.sum(i, run);
       if (b.dbias) static_cast<float*>(b.dbias)[i] = sum;
       if (b.dweight) static_cast<float*>(b.dweight)[i] = product * rstd;
       const double share = *norm.scale.at(i * l.repeat) / double(l.rows * l.hw);
@@ -302,19 +290,17 @@ void backward(const Backward& b) {
     l.walk(run, first, last, b.grad[1], [&](const Column column, auto count) {
       const auto scale = load(norm.scale.at(column.entry)), less = load(level.at(column.entry));
       const auto slant = load(tilt.at(column.entry));
-      const auto row = rows(column, count);
       const bool training = b.training;
       const V slope = slope_;
       T* const dx = static_cast<T*>(b.dx) + column.at;
-      for (int64_t r = 0; r < column.height; ++r) {
-        auto [x, apart, g] = row(r);
+      down(column, count, [&](int64_t r, const Pack& x, const Pack& apart, Pack g) C10_ALWAYS_INLINE_ATTRIBUTE {
         for (int k = 0; k < 2; ++k) {
           g[k] = g[k] * scale[k];
           if (training) g[k] = g[k] - at::vec::fmadd(apart[k], slant[k], less[k]);
           if (FIRST) g[k] = leaky(g[k], x[k], slope);
         }
         store(dx + r * column.stride, g, count);
-      }
+      });
     });
   };
   l.schedule(b.training || b.dweight || b.dbias, reduce, settle, apply);
