@@ -1,4 +1,4 @@
-"""setup.py: what it builds, what it leaves out and says, without compiling anything."""
+"""setup.py: what it builds, what it leaves out and says; compilers are stand-ins that make empty objects."""
 import os
 import re
 import subprocess
@@ -46,37 +46,57 @@ def test_no_nvcc_is_one_line_and_an_error_only_where_cuda_was_insisted_on(tmp_pa
     assert status == 1 and stderr.strip().splitlines()[-1].startswith("error: GAN_OPS_CUDA=1, but no nvcc was found")
 
 
-@pytest.mark.skipif(torch.version.cuda is None, reason="a torch without CUDA needs no nvcc")
-@pytest.mark.parametrize("says, expected", [
-    ("release 99.1, V99.1", "nvcc is of CUDA 99.1, torch"), ("nonsense", "nvcc is of CUDA an unknown version")])
-def test_an_nvcc_of_another_cuda_is_named(tmp_path, says, expected):
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "include").mkdir()
-    (tmp_path / "include" / "cuda_runtime.h").touch()
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.write_text(f"#!/bin/sh\necho '{says}'\n")
-    nvcc.chmod(0o755)
-    status, _, stderr = setup("--version", CUDA_HOME=str(tmp_path))
-    (line,) = lines(stderr)
-    assert status == 0 and expected in line and torch.__version__ in line
+def script(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
 
 
-def test_an_nvcc_that_compiles_nothing_is_named(tmp_path):
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "include").mkdir()
-    (tmp_path / "include" / "cuda_runtime.h").touch()
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.write_text(f"#!/bin/sh\n[ $1 = --version ] && echo 'release {torch.version.cuda}, V' && exit 0\n"
-                    "echo 'unsupported GNU version' >&2; exit 1\n")
-    nvcc.chmod(0o755)
-    status, _, stderr = setup("--version", CUDA_HOME=str(tmp_path))
+def toolkit(folder, nvcc):
+    """A CUDA toolkit whose nvcc is a shell script."""
+    (folder / "include").mkdir(parents=True)
+    (folder / "include" / "cuda_runtime.h").touch()
+    script(folder / "bin" / "nvcc", nvcc)
+    return str(folder)
+
+
+VERSION = f"[ $1 = --version ] && echo 'release {torch.version.cuda}, V' && exit 0"
+needs_cuda = pytest.mark.skipif(torch.version.cuda is None, reason="a torch without CUDA needs no nvcc")
+
+
+@needs_cuda
+@pytest.mark.parametrize("nvcc, expected", [
+    ("echo 'release 99.1, V99.1'", "nvcc is of CUDA 99.1, torch"), ("echo nonsense", "nvcc is of CUDA an unknown version"),
+    (f"{VERSION}; echo 'unsupported GNU version' >&2; exit 1", "nvcc fails: unsupported GNU version")])
+def test_an_nvcc_that_does_not_fit_is_named(tmp_path, nvcc, expected):
+    status, _, stderr = setup("--version", CUDA_HOME=toolkit(tmp_path, nvcc))
     (line,) = lines(stderr)
-    assert status == 0 and line == "gan_ops: built without CUDA: nvcc fails: unsupported GNU version"
+    assert status == 0 and line.startswith("gan_ops: built without CUDA: ") and expected in line
+
+
+def build(folder, **environment):
+    """Builds into the folder; (status, lines said, the last line of all, whether there is an extension)."""
+    places = "--build-lib", str(folder / "lib"), "--build-temp", str(folder / "temp")
+    status, _, stderr = setup("build_ext", *places, **environment)
+    return status, lines(stderr), stderr.strip().splitlines()[-1], bool(list(folder.rglob("*.so")))
+
+
+@needs_cuda
+@pytest.mark.parametrize("insisted", [False, True])
+def test_where_cuda_alone_does_not_compile_the_rest_is_built_unless_it_is_insisted_on(tmp_path, insisted):
+    empty = """case $1 in --version|-dump*|-v) exec gcc "$@"; esac
+               while [ $# -gt 0 ]; do [ $1 = -o ] && out=$2; [ $1 = -MF ] && touch $2; shift; done
+               exec gcc -x c -c /dev/null -o $out"""
+    compiler = script(tmp_path / "c++", empty)
+    home = toolkit(tmp_path / "cuda", f"{VERSION}\ncase \"$*\" in *cuda.cu*) echo 'no such intrinsic' >&2; exit 1;; esac")
+    status, said, last, built = build(tmp_path, CUDA_HOME=home, CXX=compiler, CC=compiler, TORCH_CUDA_ARCH_LIST="9.0",
+                                      GAN_OPS_CUDA="1" if insisted else "")
+    assert (status, built) == ((1, False) if insisted else (0, True))
+    assert last.startswith("error: GAN_OPS_CUDA=1, but ") if insisted else "without CUDA: it does not compile" in said[0]
 
 
 def test_without_a_compiler_nothing_is_built_and_one_line_says_so(tmp_path):
-    status, _, stderr = setup("build_ext", "--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp"),
-                              GAN_OPS_CUDA="0", CXX="/nowhere/c++", CC="/nowhere/cc")
-    said = [line for line in lines(stderr) if "not built" in line]
-    assert status == 0 and len(said) == 1 and "PyTorch's own operations will serve" in said[0]
-    assert not list(tmp_path.rglob("*.so"))
+    nothing = dict(CXX="/nowhere/c++", CC="/nowhere/cc")
+    status, said, _, built = build(tmp_path, GAN_OPS_CUDA="0", **nothing)
+    assert status == 0 and not built and "PyTorch's own operations will serve" in said[-1]
