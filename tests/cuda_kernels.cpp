@@ -1,6 +1,7 @@
 // Runs the CUDA kernels on a CPU, through tests/cuda_stand_in.h and with the plan's own geometry, and compares them
 // with the naive ones. Tensors are pieces of heap of just their size, for AddressSanitizer.
 //   cuda_kernels [k]: every k-th case. A line for each case that fails; exit status 1 if one did.
+//   cuda_kernels plans: how tensors are laid over an H200.
 #include "cuda_stand_in.h"
 
 #include <cstdio>
@@ -295,9 +296,27 @@ int unsound_plans() {
   return unsound;
 }
 
+// For a reader: how tensors of batch 64 are laid over an H200.
+void print_plans() {
+  std::printf("type  layout        shape           blocks  threads  waves  rows of a thread\n");
+  for (Type type : {Type::f32, Type::bf16}) {
+    for (bool rows : {true, false}) {
+      for (int64_t h : {4, 8, 16, 32, 64}) {
+        const int64_t c = 4096 / h, hw = h * h;
+        const Shape s = rows ? Shape{64 * hw, c, 1, type} : Shape{64, c, hw, type};
+        const Geometry g = plan(s, vector_of(s, false, {}), nullptr, 132, kThreads);
+        std::printf("%-5s %-13s 64x%4dx%2dx%-4d %8d %8d %6.2f %6.1f\n", type == Type::f32 ? "fp32" : "bf16",
+                    rows ? "channels_last" : "contiguous", int(c), int(h), int(h), g.blocks(), g.width * g.ranks,
+                    g.blocks() / (132.0 * kResident), double(g.chunk) / g.ranks);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
+  if (argc > 1 && argv[1] == std::string("plans")) return print_plans(), 0;
   const int step = argc > 1 ? std::atoi(argv[1]) : 1;
   const std::vector<Case> all = cases();
   int ran = 0, failed = unsound_plans();
