@@ -1,16 +1,14 @@
 """python benchmarks/ops.py: gan_ops against eager PyTorch, torch.compile and Triton, at every place between convolutions.
 
 The sides take turns within a row, round by round, and a figure is the median of its rounds. Forward runs without
-gradients; forward+backward is forward, then torch.autograd.grad for inputs, weight and bias; ratios and the last
-column belong to it. The floor is what it needs at the speed of dst.copy_(src), measured in the same rounds on tensors
-of the row's size and type: 8 passes over such a tensor (forward reads twice and writes once, backward reads x and the
-gradient twice and writes once), 10 at a seam (forward reads two tensors and writes their sum, reads that and writes).
-Where tensors are small, all figures and the floor are mostly the cost of calls, on CUDA of launches.
+gradients; "both" is forward, then torch.autograd.grad for inputs, weight and bias; ratios and the last column belong to
+it. The floor is what it needs at the speed of dst.copy_(src) on tensors of the row's size and type: 8 passes over such
+a tensor, 10 at a seam. Where tensors are small, all figures are mostly the cost of calls, on CUDA of launches.
 
 On the CPU --keep-memory has the C library keep what is freed, for all sides alike: fresh pages, which the system clears,
-cost as much as a pass or two, and whether they are needed is decided by what a program does besides.
+cost as much as a pass or two. --threads 1 counts the process's own time, which other work on the machine leaves alone.
 """
-import argparse, itertools, json, math, os, platform, statistics, sys, time
+import argparse, itertools, json, math, os, statistics, sys, time
 from pathlib import Path
 
 import torch
@@ -30,11 +28,10 @@ PLACES = {  # channels and height; of 2-D inputs, channels
     SEAM: [(1024, 4), (512, 8), (256, 16), (128, 32)], SUM: [(64, 64)], ACT_BN: [(256,), (512,), (1024,)]}
 TYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-COPY, FORWARD, BOTH = KINDS = ("copy", "forward", "forward+backward")
 SIDES = ("ours", "eager", "compiled", "triton")
-RATIOS = {f"{kind}, {side}/ours": (kind, side) for kind in KINDS[1:] for side in SIDES[1:]}
+KINDS = [(kind, side) for kind in ("forward", "both") for side in SIDES]
 KEEP = dict(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="8589934592")
-LEAST = 0.02  # seconds that a measurement takes, so that neither the clock nor one-off costs matter
+LEAST = 20  # milliseconds that a measurement takes, so that neither the clock nor one-off costs matter
 
 if triton:
     @triton.jit
@@ -125,16 +122,15 @@ def sides_of(operation, layout):
 
     def by_triton(mean, var, weight, bias, x):
         return [Triton.apply(x, weight, bias, mean, var, *numbers, slope, first)]
-    sides = dict(ours=ours, eager=eager, compiled=torch.compile(eager, dynamic=False))
-    return dict(sides, triton=by_triton) if triton and torch.cuda.is_available() and not seam else sides
+    sides = dict(ours=ours, eager=eager, compiled=torch.compile(eager, dynamic=False), triton=by_triton)
+    return sides if triton and torch.cuda.is_available() and not seam else {s: sides[s] for s in SIDES[:3]}
 
 
 def make_sets(row, device, layout):
     """Triples (inputs, gradients of the outputs, where a copy goes), which calls take in turn.
 
-    In training, other layers drive these out of the GPU's L2 cache before they are used again. One and the
-    same input would be read from that cache, faster than memory can give it: there are so many that all exceed four
-    times its size. A CPU gets one set, and the copy, the floor, has the help of its caches too.
+    In training, other layers drive these out of the GPU's L2 cache before they are used again, so there are so many that
+    all exceed four times its size. A CPU gets one set, and the copy, the floor, has the help of its caches too.
     """
     (batch, channels, *plane), dtype, count = row["shape"], TYPES[row["type"]], 1
     if device.type == "cuda":
@@ -149,63 +145,49 @@ def make_sets(row, device, layout):
     return list(zip(zip(*inputs), zip(*grads), tensors()))
 
 
-def make_calls(side, function, norm):
-    """A side's two calls, on a set."""
-    def both(inputs, grads, copy):
-        torch.autograd.grad(function(*norm, *inputs), (*inputs, *norm[2:]), grads)
-    return {(FORWARD, side): lambda inputs, grads, copy: function(*norm, *inputs), (BOTH, side): both}
+def make_calls(row, layout, norm, without):
+    """{(kind, side): call of a set}."""
+    calls = {("copy", "copy"): lambda inputs, grads, copy: copy.copy_(inputs[0])}
+    for side, function in sides_of(row["operation"], layout).items():
+        def forward(inputs, grads, copy, function=function):
+            with torch.no_grad():
+                function(*norm, *inputs)
+
+        def both(inputs, grads, copy, function=function):
+            torch.autograd.grad(function(*norm, *inputs), (*inputs, *norm[2:]), grads)
+        calls |= {("forward", side): forward, ("both", side): both} if side not in without else {}
+    return calls
 
 
-def seconds(kind, call, turns, count, device):
+def milliseconds(call, turns, count, device):
     """How long one of `count` calls takes, each on the next set."""
-    with torch.set_grad_enabled(kind == BOTH):
-        if device.type == "cuda":
-            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            began.record()
-        start = time.perf_counter()
-        for arguments in itertools.islice(turns, count):
-            call(*arguments)
-        if device.type != "cuda":
-            return (time.perf_counter() - start) / count
-        ended.record()
-        ended.synchronize()
-        return began.elapsed_time(ended) / 1000 / count
-
-
-def warm_up(kind, call, turns, device):
-    """How many calls take LEAST; the first ones, not timed, compile, allocate and load kernels."""
-    seconds(kind, call, turns, 3, device)
-    count = 1
-    while (took := count * min(seconds(kind, call, turns, count, device) for _ in range(2))) < LEAST:
-        count = min(10 * count, math.ceil(1.2 * LEAST / took * count) + 1)
-    return count
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    wait()
+    start = clock()
+    for arguments in itertools.islice(turns, count):
+        call(*arguments)
+    wait()
+    return 1000 * (clock() - start) / count
 
 
 def measure(row, device, options):
     """The row with its figures, in milliseconds."""
     torch._dynamo.reset()  # else the rows add up to its limit of recompilations
     layout = LAYOUTS.get(row["layout"], torch.contiguous_format)
-    sets = make_sets(row, device, layout)
     norm = [make(row["shape"][1], device=device) for make in (torch.zeros, torch.ones, torch.ones, torch.zeros)]
     norm[2].requires_grad_(), norm[3].requires_grad_()
-    turns, calls, counts = itertools.cycle(sets), {}, {}
-    sides = {(COPY, COPY): lambda inputs, grads, copy: copy.copy_(inputs[0])}
-    for side, function in sides_of(row["operation"], layout).items():
-        sides |= make_calls(side, function, norm) if side not in options.without else {}
-    for key, call in sides.items():
-        try:
-            counts[key], calls[key] = warm_up(key[0], call, turns, device), call
-        except Exception as error:  # such as no compiler, or a Python that it does not know
-            if key[1] in ("ours", "eager", COPY):
-                raise
-            print(f"no {key[1]}: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}")
-    rounds = {kind: {side: [] for other, side in calls if other == kind} for kind in KINDS}
-    for _, ((kind, side), call) in itertools.product(range(options.rounds), calls.items()):
-        rounds[kind][side].append(1000 * seconds(kind, call, turns, counts[kind, side], device))
-    ms = {kind: {side: statistics.median(values) for side, values in rounds[kind].items()} for kind in KINDS}
-    ratios = {name: ms[kind][s] / ms[kind]["ours"] if s in ms[kind] else None for name, (kind, s) in RATIOS.items()}
-    floor = ms[COPY][COPY] / 2 * (10 if row["operation"] in (SEAM, SUM) else 8)  # a copy is two passes
-    return dict(row, sets=len(sets), floor=floor, ms=ms, ratios=ratios)
+    turns, calls = itertools.cycle(make_sets(row, device, layout)), make_calls(row, layout, norm, options.without)
+    rounds, counts = {key: [] for key in calls}, {}
+    for key, call in calls.items():
+        milliseconds(call, turns, 3, device)  # compiles, allocates, loads kernels
+        counts[key] = max(1, math.ceil(LEAST / milliseconds(call, turns, 3, device)))
+    for _, (key, call) in itertools.product(range(options.rounds), calls.items()):
+        rounds[key].append(milliseconds(call, turns, counts[key], device))
+    ms = {key: statistics.median(values) for key, values in rounds.items()}
+    floor = ms.pop(("copy", "copy")) / 2 * (10 if row["operation"] in (SEAM, SUM) else 8)  # a copy is two passes
+    ratios = {f"{kind}, {side}/ours": ms[kind, side] / ms[kind, "ours"] for kind, side in ms if side != "ours"}
+    return dict(row, floor=floor, ms={" ".join(key): value for key, value in ms.items()}, ratios=ratios)
 
 
 def cells(values, form=".3g"):
@@ -217,47 +199,31 @@ def label(row):
 
 
 def print_row(row):
-    times = [row["ms"][kind].get(side) for kind in KINDS[1:] for side in SIDES] + [row["floor"]]
-    share = cells([row["floor"] / row["ms"][BOTH]["ours"]], ".0%")
-    print(label(row) + cells(times) + cells([row["ratios"][name] for name in list(RATIOS)[3:]], ".2f") + share, flush=True)
+    times = [row["ms"].get(" ".join(key)) for key in KINDS] + [row["floor"]]
+    ratios = cells([row["ratios"].get(f"both, {side}/ours") for side in SIDES[1:]], ".2f")
+    print(label(row) + cells(times) + ratios + cells([row["floor"] / row["ms"]["both ours"]], ".0%"), flush=True)
 
 
 def summarise(rows):
-    """Print the ratios' geometric means, and where ours is not the fastest; returns the means."""
-    print(f"\n{'geometric means':20}rows", *RATIOS, sep="  ")
+    """Print and return the ratios' geometric means, by type and layout; and where ours is not the fastest."""
     means = {}
     for group in dict.fromkeys(["all", *(row["type"] for row in rows), *(row["layout"] for row in rows)]):
-        chosen = [row for row in rows if group in ("all", row["type"], row["layout"])]
-        known = {name: [row["ratios"][name] for row in chosen if row["ratios"][name]] for name in RATIOS}
-        means[group] = {name: statistics.geometric_mean(known[name]) if known[name] else None for name in RATIOS}
-        values = (f"{cells([mean], '.2f'):>{len(name)}}" for name, mean in means[group].items())
-        print(f"{group:20}{len(chosen):4}", *values, sep="  ")
-    for kind in KINDS[1:]:
-        slower = [row for row in rows if min(row["ms"][kind].values()) < row["ms"][kind]["ours"]]
-        print(f"{kind}: ours is slower than the better of the others in {len(slower)} of {len(rows)} rows")
-        for row in slower:
-            best, ms = min(row["ms"][kind], key=row["ms"][kind].get), row["ms"][kind]
-            print(f"  {label(row)}: {ms['ours']:.3g} ms, {best} {ms[best]:.3g}, ratio {ms[best] / ms['ours']:.2f}")
+        chosen = [row["ratios"] for row in rows if group in ("all", row["type"], row["layout"])]
+        names = dict.fromkeys(name for ratios in chosen for name in ratios)
+        means[group] = {name: statistics.geometric_mean([r[name] for r in chosen if name in r]) for name in names}
+        print(f"{group} ({len(chosen)}):", ", ".join(f"{name} {mean:.2f}" for name, mean in means[group].items()))
+    for row in rows:
+        if slower := {name: round(ratio, 2) for name, ratio in row["ratios"].items() if ratio < 1}:
+            print("slower:", label(row), slower)
     return means
 
 
-def rows_of(options):
-    """What to measure."""
-    for (operation, places), batch in itertools.product(PLACES.items(), options.batch):
-        for place in places:
-            if any(text in operation or text in "x".join(map(str, place)) for text in options.only):
-                for layout, dtype in itertools.product(options.layouts if len(place) > 1 else ["2-D"], options.types):
-                    yield dict(operation=operation, shape=(batch, *place, *place[1:]), layout=layout, type=dtype)
-
-
 def main():
-    about = dict(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser = argparse.ArgumentParser(**about)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--batch", type=int, nargs="+", default=[64, 128])
     add("--types", nargs="+", choices=TYPES, default=list(TYPES))
-    add("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="of 4-D inputs; 2-D ones have but one")
     add("--only", nargs="+", default=[""], metavar="TEXT", help="rows with this in the operation, or in CxH (64x32)")
     add("--rounds", type=int, default=5)
     add("--without", nargs="+", default=[], choices=SIDES[2:])
@@ -268,29 +234,27 @@ def main():
     if options.keep_memory and any(os.environ.get(key) != value for key, value in KEEP.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP)  # it is read when a process starts
     cuda = options.device != "cpu" and torch.cuda.is_available()
-    if options.device == "cuda" and not cuda:
-        parser.error("--device cuda: torch finds none")
     device = torch.device("cuda" if cuda else "cpu")
-    if device.type not in gan_ops.devices:
-        parser.error(f"gan_ops is built without {device.type}: {gan_ops.without_cuda}")
+    if device.type not in gan_ops.devices or options.device == "cuda" != device.type:
+        parser.error(f"no such device, or gan_ops is built without it: {gan_ops.without_cuda}")
     torch.set_num_threads(options.threads or torch.get_num_threads())
-    about = dict(machine=platform.machine(), torch=torch.__version__, threads=torch.get_num_threads(),
+    about = dict(torch=torch.__version__, threads=torch.get_num_threads(),
                  device=torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability(),
                  memory="kept" if options.keep_memory else "as the C library does")
     print(*(f"{name} {value}" for name, value in about.items()), sep="; ")
-    print(f"{'forward ms':>87}{'forward+backward ms':>36}{'':9}" + cells([*SIDES[1:], "of copy"]))
-    print(f"{'operation':21} {'shape':13} {'layout':13} type" + cells([*SIDES, *SIDES, "floor", *["/ours"] * 3, "speed"]),
-          flush=True)
+    print(f"{'forward ms':>87}{'both ms':>36}{'':9}" + cells([*SIDES[1:], "of copy"]))
+    print(f"{'operation':21} {'shape':13} {'layout':13} type" + cells([*SIDES, *SIDES, "floor", *["/ours"] * 3, "speed"]))
     rows = []
-    try:
-        for row in rows_of(options):
-            rows.append(measure(row, device, options))
-            print_row(rows[-1])
-    except KeyboardInterrupt:
-        print("interrupted")
+    for (operation, places), batch in itertools.product(PLACES.items(), options.batch):
+        for place in places:
+            if any(text in operation or text in "x".join(map(str, place)) for text in options.only):
+                for layout, dtype in itertools.product(LAYOUTS if len(place) > 1 else ["2-D"], options.types):
+                    row = dict(operation=operation, shape=(batch, *place, *place[1:]), layout=layout, type=dtype)
+                    rows.append(measure(row, device, options))
+                    print_row(rows[-1])
     result = dict(about, rows=rows, geometric_means=summarise(rows))
     if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
