@@ -8,8 +8,7 @@ a tensor, 10 at a seam. Where tensors are small, all figures are mostly the cost
 On the CPU --keep-memory has the C library keep what is freed, for all sides alike: fresh pages, which the system clears,
 cost as much as a pass or two. --threads 1 counts the process's own time, which other work on the machine leaves alone.
 """
-import argparse, itertools, json, math, os, statistics, sys, time
-from pathlib import Path
+import argparse, itertools, math, os, statistics, sys, time
 
 import torch
 from torch.nn import functional as F
@@ -30,6 +29,7 @@ TYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 SIDES = ("ours", "eager", "compiled", "triton")
 KINDS = [(kind, side) for kind in ("forward", "both") for side in SIDES]
+RATIOS = [f"{kind}, {side}/ours" for kind, side in KINDS if side != "ours"]
 KEEP = dict(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="8589934592")
 LEAST = 20  # milliseconds that a measurement takes, so that neither the clock nor one-off costs matter
 
@@ -127,11 +127,8 @@ def sides_of(operation, layout):
 
 
 def make_sets(row, device, layout):
-    """Triples (inputs, gradients of the outputs, where a copy goes), which calls take in turn.
-
-    In training, other layers drive these out of the GPU's L2 cache before they are used again, so there are so many that
-    all exceed four times its size. A CPU gets one set, and the copy, the floor, has the help of its caches too.
-    """
+    """Triples (inputs, gradients of the outputs, where a copy goes), which calls take in turn: on CUDA so many that all
+    exceed four times the L2 cache, out of which other layers drive them in training. A CPU gets one."""
     (batch, channels, *plane), dtype, count = row["shape"], TYPES[row["type"]], 1
     if device.type == "cuda":
         cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -187,41 +184,34 @@ def measure(row, device, options):
     ms = {key: statistics.median(values) for key, values in rounds.items()}
     floor = ms.pop(("copy", "copy")) / 2 * (10 if row["operation"] in (SEAM, SUM) else 8)  # a copy is two passes
     ratios = {f"{kind}, {side}/ours": ms[kind, side] / ms[kind, "ours"] for kind, side in ms if side != "ours"}
-    return dict(row, floor=floor, ms={" ".join(key): value for key, value in ms.items()}, ratios=ratios)
+    return dict(row, floor=floor, ms=ms, ratios=ratios)
 
 
 def cells(values, form=".3g"):
     return "".join(f"{'-' if v is None else v if isinstance(v, str) else format(v, form):>9}" for v in values)
 
 
-def label(row):
-    return f"{row['operation']:21} {'x'.join(map(str, row['shape'])):13} {row['layout']:13} {row['type']}"
-
-
 def print_row(row):
-    times = [row["ms"].get(" ".join(key)) for key in KINDS] + [row["floor"]]
     ratios = cells([row["ratios"].get(f"both, {side}/ours") for side in SIDES[1:]], ".2f")
-    print(label(row) + cells(times) + ratios + cells([row["floor"] / row["ms"]["both ours"]], ".0%"), flush=True)
+    print(row["label"] + cells([row["ms"].get(key) for key in KINDS] + [row["floor"]]) + ratios
+          + cells([row["floor"] / row["ms"]["both", "ours"]], ".0%"), flush=True)
 
 
 def summarise(rows):
-    """Print and return the ratios' geometric means, by type and layout; and where ours is not the fastest."""
-    means = {}
+    """Print the ratios' geometric means, by type and layout, and where ours is not the fastest."""
     for group in dict.fromkeys(["all", *(row["type"] for row in rows), *(row["layout"] for row in rows)]):
         chosen = [row["ratios"] for row in rows if group in ("all", row["type"], row["layout"])]
-        names = dict.fromkeys(name for ratios in chosen for name in ratios)
-        means[group] = {name: statistics.geometric_mean([r[name] for r in chosen if name in r]) for name in names}
-        print(f"{group} ({len(chosen)}):", ", ".join(f"{name} {mean:.2f}" for name, mean in means[group].items()))
+        print(f"{group} ({len(chosen)}):", *(
+            f"{name} {statistics.geometric_mean([r[name] for r in chosen if name in r]):.2f};" for name in RATIOS
+            if any(name in r for r in chosen)))
     for row in rows:
         if slower := {name: round(ratio, 2) for name, ratio in row["ratios"].items() if ratio < 1}:
-            print("slower:", label(row), slower)
-    return means
+            print("slower:", row["label"], slower)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--batch", type=int, nargs="+", default=[64, 128])
     add("--types", nargs="+", choices=TYPES, default=list(TYPES))
     add("--only", nargs="+", default=[""], metavar="TEXT", help="rows with this in the operation, or in CxH (64x32)")
@@ -229,32 +219,28 @@ def main():
     add("--without", nargs="+", default=[], choices=SIDES[2:])
     add("--keep-memory", action="store_true", help="of the C library, see above; CPU")
     add("--threads", type=int)
-    add("--json", type=Path, help="write the results there")
     options = parser.parse_args()
     if options.keep_memory and any(os.environ.get(key) != value for key, value in KEEP.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP)  # it is read when a process starts
-    cuda = options.device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
-    if device.type not in gan_ops.devices or options.device == "cuda" != device.type:
-        parser.error(f"no such device, or gan_ops is built without it: {gan_ops.without_cuda}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type not in gan_ops.devices:
+        parser.error(f"gan_ops is built without {device.type}: {gan_ops.without_cuda}")
     torch.set_num_threads(options.threads or torch.get_num_threads())
-    about = dict(torch=torch.__version__, threads=torch.get_num_threads(),
-                 device=torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability(),
-                 memory="kept" if options.keep_memory else "as the C library does")
-    print(*(f"{name} {value}" for name, value in about.items()), sep="; ")
+    name = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else torch.cuda.get_device_name()
+    print(f"torch {torch.__version__}; {name}; {torch.get_num_threads()} threads; keep memory {options.keep_memory}")
     print(f"{'forward ms':>87}{'both ms':>36}{'':9}" + cells([*SIDES[1:], "of copy"]))
-    print(f"{'operation':21} {'shape':13} {'layout':13} type" + cells([*SIDES, *SIDES, "floor", *["/ours"] * 3, "speed"]))
+    heads = cells([*SIDES, *SIDES, "floor", *["/ours"] * 3, "speed"])
+    print(f"{'operation':21} {'shape':13} {'layout':13} type{heads}")
     rows = []
-    for (operation, places), batch in itertools.product(PLACES.items(), options.batch):
-        for place in places:
-            if any(text in operation or text in "x".join(map(str, place)) for text in options.only):
-                for layout, dtype in itertools.product(LAYOUTS if len(place) > 1 else ["2-D"], options.types):
-                    row = dict(operation=operation, shape=(batch, *place, *place[1:]), layout=layout, type=dtype)
-                    rows.append(measure(row, device, options))
-                    print_row(rows[-1])
-    result = dict(about, rows=rows, geometric_means=summarise(rows))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    for (operation, places), batch, place in ((o, b, p) for o in PLACES.items() for b in options.batch for p in o[1]):
+        if any(text in operation or text in "x".join(map(str, place)) for text in options.only):
+            for layout, dtype in itertools.product(LAYOUTS if len(place) > 1 else ["2-D"], options.types):
+                shape = batch, *place, *place[1:]
+                label = f"{operation:21} {'x'.join(map(str, shape)):13} {layout:13} {dtype}"
+                row = dict(operation=operation, shape=shape, layout=layout, type=dtype, label=label)
+                rows.append(measure(row, device, options))
+                print_row(rows[-1])
+    summarise(rows)
 
 
 if __name__ == "__main__":
