@@ -30,8 +30,7 @@ LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_
 SIDES = ("ours", "eager", "compiled", "triton")
 KINDS = [(kind, side) for kind in ("forward", "both") for side in SIDES]
 RATIOS = [f"{kind}, {side}/ours" for kind, side in KINDS if side != "ours"]
-KEEP = dict(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="8589934592")
-LEAST = 20  # milliseconds that a measurement takes, so that neither the clock nor one-off costs matter
+KEEP, LEAST = dict(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="8589934592"), 20  # ms of a measurement, at least
 
 if triton:
     @triton.jit
@@ -71,8 +70,7 @@ class Triton(torch.autograd.Function):
     def run(x, dy, norm, slope, first, back, reduces, parts=128):
         c, rows, hw = x.shape[1], x.numel() // x.shape[1], x[0, 0].numel() if x.is_contiguous() else 1
         r, k = (64, 32) if hw == 1 else (2048, 1)
-        tiles = triton.cdiv(triton.cdiv(rows, r), parts)
-        parts = triton.cdiv(rows, r * tiles)
+        parts = triton.cdiv(rows, r * (tiles := triton.cdiv(triton.cdiv(rows, r), parts)))
         out = x.new_empty(parts, 2, c, dtype=torch.float32) if reduces else torch.empty_like(x)
         one_pass[triton.cdiv(c, k), parts](x, dy, out, norm, rows, c, tiles, slope, hw, r, k, first, back, reduces)
         return out.sum(0) if reduces else out
@@ -85,8 +83,7 @@ class Triton(torch.autograd.Function):
         one, two = Triton.run(x, x, norm, slope, first, False, True) / ctx.count
         spread = (two - one * one).clamp_min(0)
         ctx.rstd = (spread + eps).rsqrt()
-        norm[0] += one
-        norm[1], norm[2] = ctx.rstd * weight, bias
+        norm[0], norm[1], norm[2] = norm[0] + one, ctx.rstd * weight, bias
         mean.lerp_(norm[0], momentum), var.lerp_(spread * (ctx.count / (ctx.count - 1)), momentum)
         ctx.save_for_backward(x, norm)
         return Triton.run(x, x, norm, slope, first, False, False)
@@ -119,20 +116,17 @@ def sides_of(operation, layout):
             return [y]
         halves = y.chunk(2 if operation == SEAM else 1, dim=1)
         return [half.contiguous(memory_format=layout) for half in halves]  # as the next convolution wants them
-
-    def by_triton(mean, var, weight, bias, x):
-        return [Triton.apply(x, weight, bias, mean, var, *numbers, slope, first)]
-    sides = dict(ours=ours, eager=eager, compiled=torch.compile(eager, dynamic=False), triton=by_triton)
-    return sides if triton and torch.cuda.is_available() and not seam else {s: sides[s] for s in SIDES[:3]}
+    sides = dict(ours=ours, eager=eager, compiled=torch.compile(eager, dynamic=False))
+    if triton and torch.cuda.is_available() and not seam:
+        sides["triton"] = lambda mean, var, *rest: [Triton.apply(rest[2], *rest[:2], mean, var, *numbers, slope, first)]
+    return sides
 
 
 def make_sets(row, device, layout):
-    """Triples (inputs, gradients of the outputs, where a copy goes), which calls take in turn: on CUDA so many that all
-    exceed four times the L2 cache, out of which other layers drive them in training. A CPU gets one."""
-    (batch, channels, *plane), dtype, count = row["shape"], TYPES[row["type"]], 1
-    if device.type == "cuda":
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
-        count += 4 * cache // (math.prod(row["shape"]) * dtype.itemsize)
+    """Triples (inputs, gradients, where a copy goes) that calls take in turn: on CUDA more than four L2 caches hold."""
+    (batch, channels, *plane), dtype = row["shape"], TYPES[row["type"]]
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    count = 1 + 4 * cache // (math.prod(row["shape"]) * dtype.itemsize)
 
     def tensors(parts=1, grad=False):
         whole = torch.empty(count * batch, channels // parts, *plane, dtype=dtype, device=device, memory_format=layout)
@@ -146,9 +140,9 @@ def make_calls(row, layout, norm, without):
     """{(kind, side): call of a set}."""
     calls = {("copy", "copy"): lambda inputs, grads, copy: copy.copy_(inputs[0])}
     for side, function in sides_of(row["operation"], layout).items():
+        @torch.no_grad()
         def forward(inputs, grads, copy, function=function):
-            with torch.no_grad():
-                function(*norm, *inputs)
+            function(*norm, *inputs)
 
         def both(inputs, grads, copy, function=function):
             torch.autograd.grad(function(*norm, *inputs), (*inputs, *norm[2:]), grads)
@@ -172,8 +166,8 @@ def measure(row, device, options):
     """The row with its figures, in milliseconds."""
     torch._dynamo.reset()  # else the rows add up to its limit of recompilations
     layout = LAYOUTS.get(row["layout"], torch.contiguous_format)
-    norm = [make(row["shape"][1], device=device) for make in (torch.zeros, torch.ones, torch.ones, torch.zeros)]
-    norm[2].requires_grad_(), norm[3].requires_grad_()
+    norm = [torch.full((row["shape"][1],), v, device=device, requires_grad=g) for v, g in
+            ((0.0, False), (1.0, False), (1.0, True), (0.0, True))]
     turns, calls = itertools.cycle(make_sets(row, device, layout)), make_calls(row, layout, norm, options.without)
     rounds, counts = {key: [] for key in calls}, {}
     for key, call in calls.items():
@@ -189,12 +183,6 @@ def measure(row, device, options):
 
 def cells(values, form=".3g"):
     return "".join(f"{'-' if v is None else v if isinstance(v, str) else format(v, form):>9}" for v in values)
-
-
-def print_row(row):
-    ratios = cells([row["ratios"].get(f"both, {side}/ours") for side in SIDES[1:]], ".2f")
-    print(row["label"] + cells([row["ms"].get(key) for key in KINDS] + [row["floor"]]) + ratios
-          + cells([row["floor"] / row["ms"]["both", "ours"]], ".0%"), flush=True)
 
 
 def summarise(rows):
@@ -213,7 +201,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--batch", type=int, nargs="+", default=[64, 128])
-    add("--types", nargs="+", choices=TYPES, default=list(TYPES))
     add("--only", nargs="+", default=[""], metavar="TEXT", help="rows with this in the operation, or in CxH (64x32)")
     add("--rounds", type=int, default=5)
     add("--without", nargs="+", default=[], choices=SIDES[2:])
@@ -226,20 +213,19 @@ def main():
     if device.type not in gan_ops.devices:
         parser.error(f"gan_ops is built without {device.type}: {gan_ops.without_cuda}")
     torch.set_num_threads(options.threads or torch.get_num_threads())
-    name = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else torch.cuda.get_device_name()
-    print(f"torch {torch.__version__}; {name}; {torch.get_num_threads()} threads; keep memory {options.keep_memory}")
-    print(f"{'forward ms':>87}{'both ms':>36}{'':9}" + cells([*SIDES[1:], "of copy"]))
-    heads = cells([*SIDES, *SIDES, "floor", *["/ours"] * 3, "speed"])
-    print(f"{'operation':21} {'shape':13} {'layout':13} type{heads}")
-    rows = []
-    for (operation, places), batch, place in ((o, b, p) for o in PLACES.items() for b in options.batch for p in o[1]):
+    print(f"torch {torch.__version__}; {torch.get_num_threads()} threads; milliseconds: forward, both, at a copy's speed; "
+          f"times ours in both; share of that speed\n{'':54}" + cells([*SIDES, *SIDES, "floor", *SIDES[1:], "speed"]))
+    rows, everywhere = [], ((name, batch, p) for name, places in PLACES.items() for batch in options.batch for p in places)
+    for operation, batch, place in everywhere:
         if any(text in operation or text in "x".join(map(str, place)) for text in options.only):
-            for layout, dtype in itertools.product(LAYOUTS if len(place) > 1 else ["2-D"], options.types):
+            for layout, dtype in itertools.product(LAYOUTS if len(place) > 1 else ["2-D"], TYPES):
                 shape = batch, *place, *place[1:]
                 label = f"{operation:21} {'x'.join(map(str, shape)):13} {layout:13} {dtype}"
                 row = dict(operation=operation, shape=shape, layout=layout, type=dtype, label=label)
-                rows.append(measure(row, device, options))
-                print_row(rows[-1])
+                rows.append(row := measure(row, device, options))
+                figures = [row["ms"].get(key) for key in KINDS] + [row["floor"]]
+                ratios = cells([row["ratios"].get(f"both, {side}/ours") for side in SIDES[1:]], ".2f")
+                print(label + cells(figures) + ratios + cells([row["floor"] / figures[4]], ".0%"), flush=True)
     summarise(rows)
 
 
