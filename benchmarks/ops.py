@@ -112,10 +112,8 @@ def sides_of(operation, layout):
             return [F.batch_norm(F.leaky_relu(x, slope), mean, var, weight, bias, True, *numbers)]
         x = x + right if seam else x
         y = F.leaky_relu(F.batch_norm(x, mean, var, weight, bias, True, *numbers), slope)
-        if not seam:
-            return [y]
-        halves = y.chunk(2 if operation == SEAM else 1, dim=1)
-        return [half.contiguous(memory_format=layout) for half in halves]  # as the next convolution wants them
+        halves = y.chunk(2 if operation == SEAM else 1, dim=1)  # dense, as the next convolution wants them
+        return [half.contiguous(memory_format=layout) for half in halves]
     sides = dict(ours=ours, eager=eager, compiled=torch.compile(eager, dynamic=False))
     if triton and torch.cuda.is_available() and not seam:
         sides["triton"] = lambda mean, var, *rest: [Triton.apply(rest[2], *rest[:2], mean, var, *numbers, slope, first)]
@@ -154,8 +152,7 @@ def milliseconds(call, turns, count, device):
     """How long one of `count` calls takes, each on the next set."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-    wait()
-    start = clock()
+    start = wait() or clock()
     for arguments in itertools.islice(turns, count):
         call(*arguments)
     wait()
