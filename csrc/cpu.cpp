@@ -75,7 +75,7 @@ struct Layout {
 
   explicit Layout(const Shape& s) : rows(s.n), c(s.c), hw(s.hw), planes(s.hw >= 64) {
     repeat = planes ? W : hw, columns = c * repeat;
-    each = planes ? std::max<int64_t>(1, 8192 / hw) : rows < 256 ? 16 : rows < 4096 ? 32 : rows < 65536 ? 128 : 512;
+    each = planes ? std::max<int64_t>(1, 8192 / hw) : rows < 256 ? (hw == 1 ? 64 : 16) : rows < 4096 ? 32 : rows < 65536 ? 128 : 512;
     runs = (rows + each - 1) / each;
   }
 
