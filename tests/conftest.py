@@ -1,8 +1,8 @@
-"""What the tests of the four scripts share: the scripts, a command line of each that takes a moment, pictures."""
+"""What the tests share: the four scripts, a command line of each that takes a moment, pictures."""
 import os
 import re
 
-os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start: bits of a sum depend on how many threads share it
+os.environ["OMP_NUM_THREADS"] = "1"  # in processes too: bits of a sum depend on how many threads share it
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def kind(request):
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory):
-    """A --root, and in it `set`: 40 pictures in four folders, drawn digits on grounds of different colours."""
+    """A --root, and in it `set`: 40 pictures in four folders, digits with a bar of some colour."""
     root = tmp_path_factory.mktemp("root")
     for i in range(40):
         path = root / "set" / "abcd"[i % 4] / f"{i}.png"
@@ -60,7 +60,8 @@ def root(tmp_path_factory):
 
 def flags(script, root, out, *more):
     """A command line that trains on the set below `root` in a moment, into the run folder `out`."""
-    return [*TINY[script], "--data", str(root / "set"), "--root", str(root), "--out", str(out), *map(str, more)]
+    return [*TINY[script], "--data", str(root / "set"), "--root", str(root), "--out", str(out),
+            *map(str, more)]
 
 
 @pytest.fixture(scope="session")

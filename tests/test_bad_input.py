@@ -13,12 +13,15 @@ import dcgan
 # Flags
 
 @pytest.mark.parametrize("flag", [
-    "--steps 0", "--steps -1", "--steps many", "--epochs 0", "--batch-size 0", "--batch-size -4", "--width 0", "--lr nan",
-    "--lr -1", "--lr fast", "--seed x", "--betas 0.5", "--betas 2 0.9", "--device tpu", "--precision fp8", "--logger x",
+    "--steps 0", "--steps -1", "--steps many", "--epochs 0", "--batch-size 0", "--batch-size -4", "--width 0",
+                                  "--lr nan",
+    "--lr -1", "--lr fast", "--seed x", "--betas 0.5", "--betas 2 0.9", "--device tpu", "--precision fp8",
+                                  "--logger x",
     "--generate 0", "--no-such-flag", "stray", "--classes", "--data"])
 def test_a_flag_that_cannot_be(script, flag, root, tmp_path, fails):
     line = fails(script, *flags(script, root, tmp_path / "run"), *flag.split())
-    assert flag.split()[0].strip("-").removesuffix("s") in line.replace("learning rate", "lr").replace("_", "-")
+    assert flag.split()[0].strip("-").removesuffix("s") in line.replace("learning rate", "lr").replace("_",
+                                                                                                       "-")
     assert not (tmp_path / "run").exists()
 
 
@@ -33,7 +36,8 @@ def test_a_batch_larger_than_the_set(script, count, root, tmp_path, fails):
     argv = flags(script, root, tmp_path / "run", "--steps", 1, "--batch-size", count)
     if count > 40:
         line = fails(script, *argv)
-        assert "40 pictures" in line and str(count) in line and "--batch-size" in line and not (tmp_path / "run").exists()
+        assert "40 pictures" in line and str(count) in line and "--batch-size" in line
+        assert not (tmp_path / "run").exists()
     else:
         script.main(argv)
 
@@ -66,7 +70,9 @@ def broken_zip(path):
 
 
 DATA = {"nothing": (lambda path, root: None, "x", "x"), "no zip": (lambda p, r: text(p), "x.zip", "zip"),
-        "table": (lambda p, r: text(p), "x.csv", "a folder, a .zip"), "empty folder": (lambda p, r: empty_folder(p), "x", "no pictures"),
+        "table": (lambda p, r: text(p), "x.csv", "a folder, a .zip"), "empty folder": (lambda p,
+                                                                                       r: empty_folder(p),
+                                                                                       "x", "no pictures"),
         "broken folder": (lambda p, r: broken_folder(p), "x", "0 pictures"),
         "empty zip": (lambda p, r: empty_zip(p), "x.zip", "no pictures"),
         "broken zip": (lambda p, r: broken_zip(p), "x.zip", "0 pictures"),
@@ -79,16 +85,19 @@ DATA = {"nothing": (lambda path, root: None, "x", "x"), "no zip": (lambda p, r: 
 @pytest.mark.parametrize("make, name, words", DATA.values(), ids=DATA)
 def test_data_that_cannot_be_used(make, name, words, root, tmp_path, fails):
     make(tmp_path / name, root)
-    line = fails(dcgan, *flags(dcgan, root, tmp_path / "run"), "--data", tmp_path / name, "--root", tmp_path / "root")
+    line = fails(dcgan, *flags(dcgan, root, tmp_path / "run"), "--data", tmp_path / name, "--root",
+                 tmp_path / "root")
     assert words in line and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("data, name", [("celeba", "CelebA"), ("mnist", "MNIST"), ("fashion", "FashionMNIST")])
+@pytest.mark.parametrize("data, name", [("celeba", "CelebA"), ("mnist", "MNIST"),
+                                        ("fashion", "FashionMNIST")])
 def test_a_download_that_fails(script, data, name, tmp_path, monkeypatch, fails):
     def no_download(*given, **options):
         raise RuntimeError("the quota of the day is used up\nmore")
     monkeypatch.setattr(f"torchvision.datasets.{name}", no_download)
-    line = fails(script, *TINY[script], "--data", data, "--root", tmp_path / "root", "--out", tmp_path / "run")
+    line = fails(script, *TINY[script], "--data", data, "--root", tmp_path / "root", "--out",
+                 tmp_path / "run")
     assert "quota" in line and "img_align_celeba.zip" in line and str(tmp_path / "root") in line
 
 
@@ -117,7 +126,8 @@ CHECKPOINTS = {
     "missing": lambda trained, path: None, "empty": lambda trained, path: path.write_bytes(b""),
     "cut short": lambda trained, path: path.write_bytes((trained / "checkpoint.pt").read_bytes()[:5000]),
     "cut at the end": lambda trained, path: path.write_bytes((trained / "checkpoint.pt").read_bytes()[:-100]),
-    "text": lambda trained, path: path.write_text("not a checkpoint\n"), "a folder": lambda trained, path: path.mkdir(),
+    "text": lambda trained, path: path.write_text("not a checkpoint\n"), "a folder": lambda trained,
+               path: path.mkdir(),
     "of another script": lambda trained, path: changed(trained, path, script="stylegan"),
     "only a tensor": lambda trained, path: torch.save(torch.ones(3), path),
     "of something else": lambda trained, path: torch.save({"model": {}}, path),
@@ -154,7 +164,8 @@ def test_code_in_a_checkpoint_would_run_if_it_were_loaded_carelessly(tmp_path):
 
 @pytest.mark.parametrize("more", ["--width 3", "--batch-size 4", "--generate -1"])
 def test_flags_other_than_the_checkpoints(script, more, trained, tmp_path, fails):
-    line = fails(script, "--generate", 4, "--checkpoint", trained / "models.pth", "--save", tmp_path / "g.npz", *more.split())
+    line = fails(script, "--generate", 4, "--checkpoint", trained / "models.pth", "--save",
+                 tmp_path / "g.npz", *more.split())
     assert more.split()[0] in line and not (tmp_path / "g.npz").exists()
 
 

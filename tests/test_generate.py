@@ -16,7 +16,8 @@ import fashion_keras_port
 
 def generate(script, trained, path, count, *more):
     """The images, and the labels if there are any, of a .npz that is made at `path`."""
-    argv = ["--generate", count, "--checkpoint", trained / "models.pth", "--save", path, "--device", "cpu", *more]
+    argv = ["--generate", count, "--checkpoint", trained / "models.pth", "--save", path, "--device", "cpu",
+            *more]
     script.main(list(map(str, argv)))
     with np.load(path) as made: return made["images"], made.get("labels")
 
@@ -25,7 +26,8 @@ def generate(script, trained, path, count, *more):
 def bags(root, tmp_path_factory):
     """A run folder of fashion_keras_port.py that is told the class."""
     out = tmp_path_factory.mktemp("bags") / "run"
-    fashion_keras_port.main(flags(fashion_keras_port, root, out, "--steps", 2, "--conditional", "--arch", "dcgan"))
+    fashion_keras_port.main(flags(fashion_keras_port, root, out, "--steps", 2, "--conditional", "--arch",
+                                  "dcgan"))
     return out
 
 
@@ -52,12 +54,16 @@ def test_npz_has_what_the_averaged_generator_makes(script, count, trained, tmp_p
 
 def test_pictures_follow_from_the_seed_and_the_checkpoint_gives_the_same(script, trained, tmp_path):
     first = generate(script, trained, tmp_path / "a.npz", 9)[0]
-    assert np.array_equal(first, generate(script, trained, tmp_path / "b.npz", 9, "--checkpoint", trained / "checkpoint.pt")[0])
-    assert np.array_equal(first, generate(script, trained, tmp_path / "c.npz", 9, *TINY[script])[0])  # flags that agree
+    assert np.array_equal(first, generate(script, trained, tmp_path / "b.npz", 9, "--checkpoint",
+                                          trained / "checkpoint.pt")[0])
+    assert np.array_equal(first, generate(script, trained, tmp_path / "c.npz", 9,
+                                          *TINY[script])[0])  # flags that agree
     saved = load(trained / "models.pth")
-    for name, value in saved["Generator"].items(): value.mul_(9 if value.ndim > 1 else 1)  # so that it makes much of z
+    for name, value in saved["Generator"].items(): value.mul_(9 if value.ndim > 1
+                                                              else 1)  # so that it makes much of z
     torch.save(saved, tmp_path / "m.pth")
-    made = [generate(script, trained, tmp_path / "d.npz", 9, "--checkpoint", tmp_path / "m.pth", "--seed", seed)[0]
+    made = [generate(script, trained, tmp_path / "d.npz", 9, "--checkpoint", tmp_path / "m.pth", "--seed",
+                     seed)[0]
             for seed in (0, 1, 0)]
     assert np.array_equal(made[0], made[2]) and not np.array_equal(made[0], made[1])
 
@@ -67,12 +73,14 @@ def test_without_a_checkpoint_named_it_is_the_run_folders(script, trained, tmp_p
     shutil.copytree(trained, tmp_path / "runs" / script.SCRIPT)
     script.main(["--generate", "3"])
     with np.load("generated.npz") as made: assert len(made["images"]) == 3
-    assert not [path for path in (tmp_path / "runs").rglob("*") if path.is_file() and not (trained / path.relative_to(
+    assert not [path for path in (tmp_path / "runs").rglob("*") if path.is_file()
+                and not (trained / path.relative_to(
         tmp_path / "runs" / script.SCRIPT)).exists()]
 
 
 @pytest.mark.parametrize("count, columns, rows", [(1, 1, 1), (4, 2, 2), (10, 4, 3)])
-def test_png_is_a_grid_and_a_folder_has_each_picture_of_the_same(script, count, columns, rows, trained, tmp_path):
+def test_png_is_a_grid_and_a_folder_has_each_picture_of_the_same(script, count, columns, rows, trained,
+                                                                 tmp_path):
     images, labels = generate(script, trained, tmp_path / "g.npz", count)
     use = ["--generate", str(count), "--checkpoint", str(trained / "models.pth"), "--save"]
     script.main([*use, str(tmp_path / "g.png")])
@@ -91,12 +99,14 @@ def test_png_is_a_grid_and_a_folder_has_each_picture_of_the_same(script, count, 
 
 def test_a_folder_of_generated_classes_is_data(bags, tmp_path):
     """As a training set: its classes are those that were asked for."""
-    fashion_keras_port.main(["--generate", "20", "--checkpoint", str(bags / "models.pth"), "--save", str(tmp_path / "set")])
+    fashion_keras_port.main(["--generate", "20", "--checkpoint", str(bags / "models.pth"), "--save",
+                             str(tmp_path / "set")])
     cgan_residual.main(flags(cgan_residual, tmp_path, tmp_path / "run", "--steps", 1))
     assert json.loads((tmp_path / "run" / "config.json").read_text())["names"] == list("abcd")
 
 
-LABELS = [("2", 5, [2] * 5), ("c,a", 5, [2, 2, 2, 0, 0]), ("3, 1", 4, [3, 3, 1, 1]), ("D", 2, [3, 3]), ("0,1,2,3", 2, [0, 2])]
+LABELS = [("2", 5, [2] * 5), ("c,a", 5, [2, 2, 2, 0, 0]), ("3, 1", 4, [3, 3, 1, 1]), ("D", 2, [3, 3]),
+          ("0,1,2,3", 2, [0, 2])]
 
 
 @pytest.mark.parametrize("labels, count, expected", LABELS)
@@ -109,14 +119,16 @@ def test_classes_are_asked_for_by_number_or_name(labels, count, expected, root, 
 
 @pytest.mark.parametrize("labels", ["4", "-1", "x", "3,,1", "3;1", "1,", "1.5", "²"])
 def test_classes_that_the_model_has_not(labels, bags, tmp_path, fails):
-    line = fails(fashion_keras_port, "--generate", 4, "--checkpoint", bags / "models.pth", "--save", tmp_path / "g.npz",
+    line = fails(fashion_keras_port, "--generate", 4, "--checkpoint", bags / "models.pth", "--save",
+                 tmp_path / "g.npz",
                  f"--labels={labels}")
     assert "--labels" in line and "a, b, c, d" in line and not (tmp_path / "g.npz").exists()
 
 
 def test_a_model_that_is_told_no_class(root, tmp_path, fails):
     fashion_keras_port.main(flags(fashion_keras_port, root, tmp_path, "--steps", 1))
-    line = fails(fashion_keras_port, "--generate", 4, "--checkpoint", tmp_path / "models.pth", "--labels", "1")
+    line = fails(fashion_keras_port, "--generate", 4, "--checkpoint", tmp_path / "models.pth", "--labels",
+                 "1")
     assert "--labels" in line and "--conditional" in line
 
 

@@ -59,7 +59,8 @@ def of_style(w, classes):
 @pytest.mark.parametrize("script, flags, g, d", [
     (dcgan, "--recipe classic", 3_576_704, 2_765_568), (dcgan, "", 3_576_704, 2_765_568 + 16),
     (cspup128, "--scheme exact", *of_cspup(64)), (cspup128, "--scheme exact --width 6", *of_cspup(6)),
-    (cgan_residual, "", 256 * 3136 + 3136 + 4 * 64 + 2 * 9 * 64 * 64 + 2 * 64 + 16 * 64 * 32 + 2 * 32 + 16 * 32 * 16
+    (cgan_residual, "", 256 * 3136 + 3136 + 4 * 64 + 2 * 9 * 64 * 64 + 2 * 64 + 16 * 64 * 32 + 2 * 32
+     + 16 * 32 * 16
      + 2 * 16 + 9 * 16 + 1, JUDGE),
     (fashion_keras_port, "", 1_489_936, 533_505),
     (fashion_keras_port, "--conditional", 1_489_936 + 2560, 533_505 + 2560),
@@ -71,7 +72,8 @@ def test_numbers_of_weights(script, flags, g, d):
 
 @pytest.mark.parametrize("script, flags, shapes", [
     (dcgan, "--width 4", [(32, 4, 4), (16, 8, 8), (8, 16, 16), (4, 32, 32)]),
-    (dcgan, "--width 2 --size 128 --channels 1", [(16, 4, 4), (16, 8, 8), (8, 16, 16), (4, 32, 32), (2, 64, 64)]),
+    (dcgan, "--width 2 --size 128 --channels 1", [(16, 4, 4), (16, 8, 8), (8, 16, 16), (4, 32, 32),
+                                                  (2, 64, 64)]),
     (cspup128, "--width 2", [(32, 4, 4), (16, 8, 8), (8, 16, 16), (4, 32, 32), (2, 64, 64)]),
     (cspup128, "--width 2 --scheme exact", [(32, 4, 4), (16, 8, 8), (8, 16, 16), (4, 32, 32), (2, 64, 64)]),
     (cgan_residual, "--width 2", [(8, 7, 7), (4, 14, 14), (2, 28, 28)]),
@@ -99,11 +101,13 @@ def test_first_weights_are_dcgans(script):
     torch.manual_seed(0)
     G, D = networks(script, "")
     nets = [G, D] if script is dcgan else [G]
-    weights = [m.weight.flatten() for net in nets for m in net.modules() if isinstance(m, (*CONVS, nn.Linear))]
+    weights = [m.weight.flatten() for net in nets for m in net.modules()
+               if isinstance(m, (*CONVS, nn.Linear))]
     assert torch.cat(weights).std().item() == pytest.approx(0.02, rel=0.02)
     norms = torch.cat([m.weight for m in G.modules() if isinstance(m, nn.BatchNorm2d)])
     if script is not cgan_residual:
-        assert norms.mean().item() == pytest.approx(1, abs=0.005) and norms.std().item() == pytest.approx(0.02, rel=0.1)
+        assert norms.mean().item() == pytest.approx(1, abs=0.005)
+        assert norms.std().item() == pytest.approx(0.02, rel=0.1)
     if script is cspup128:
         for layer in (m for m in D.modules() if isinstance(m, nn.Conv2d)):
             fan = layer.weight[0].numel()
@@ -138,7 +142,8 @@ def test_the_seam_adds_normalises_activates_and_splits_in_this_order():
     assert torch.equal(bare(left, right), left + right)
 
 
-@pytest.mark.parametrize("up, left, right", [("mixed", "bilinear", "nearest"), ("bilinear", "bilinear", "bilinear"),
+@pytest.mark.parametrize("up, left, right", [("mixed", "bilinear", "nearest"), ("bilinear", "bilinear",
+                                                                                "bilinear"),
                                              ("nearest", "nearest", "nearest"), ("deconv", None, None)])
 def test_what_doubles_the_picture_in_each_branch(up, left, right):
     G, _ = networks(cspup128, f"--width 2 --up {up}")
@@ -171,7 +176,8 @@ def test_a_residual_block_adds_to_x_what_it_computes(training):
     state, x = copy.deepcopy(block.state_dict()), torch.randn(4, 6, 7, 7)
 
     def normalised(x, name):
-        mean, var, weight, bias = (state[f"{name}.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))
+        mean, var, weight, bias = (state[f"{name}.{k}"] for k in ("running_mean", "running_var", "weight",
+                                                                  "bias"))
         return F.leaky_relu(F.batch_norm(x, mean.clone(), var.clone(), weight, bias, training), 0.2)
 
     added = F.conv2d(normalised(x, "layers.0"), state["layers.1.weight"], padding=1)
@@ -182,7 +188,8 @@ def test_a_residual_block_adds_to_x_what_it_computes(training):
 
 def test_dropout_is_for_training_alone():
     for network, inputs in ((cgan_residual.Generator(4, dropout=0.5), [torch.randn(4, 256)]),
-                            (cgan_residual.Discriminator(4, dropout=0.5), [torch.randn(4, 1, 28, 28), torch.arange(4)])):
+                            (cgan_residual.Discriminator(4, dropout=0.5), [torch.randn(4, 1, 28, 28),
+                                                                           torch.arange(4)])):
         randomised(network)
         assert not torch.equal(network(*inputs), network(*inputs))
         assert torch.equal(network.eval()(*inputs), network(*inputs))
@@ -193,22 +200,25 @@ def test_dropout_is_for_training_alone():
     (cgan_residual, "--width 4"), *((fashion_keras_port, f"--width 4 --conditional --arch {arch}")
                                     for arch in ("dense", "dcgan", "style"))])
 def test_a_label_decides_on_pictures_and_on_verdicts(script, flags):
-    """By projection: the class's vector times the features; without labels the mean of all classes' logits."""
+    """By projection: the class's vector times the features; without labels the mean over all classes."""
     G, D = (randomised(network).eval() for network in networks(script, flags, 3))
     pictures = G(torch.cat([torch.eye(3), torch.randn(1, script.Z).expand(3, -1)], 1)).detach()
     assert (pictures[0] - pictures[1]).std() > 1e-5 < (pictures[1] - pictures[2]).std()
     labels, features = torch.tensor([2, 0, 2]), D.layers(pictures)
     each = D.logit(features) + features @ D.of_class.weight  # N,3: the logit for each class
     judge = [D(pictures, one, logits=True) for one in (labels, F.one_hot(labels, 3).float(), None)]
-    for logit, expected in zip(judge, (each.gather(1, labels[:, None]), each.gather(1, labels[:, None]), each.mean(1, True))):
+    for logit, expected in zip(judge, (each.gather(1, labels[:, None]), each.gather(1, labels[:, None]),
+                                       each.mean(1, True))):
         torch.testing.assert_close(logit, expected)
     torch.testing.assert_close(D(pictures, labels), judge[0].sigmoid())
     assert each.std(1).min() > 1e-3  # else the labels would say nothing
 
 
 def test_a_styled_convolution_is_the_papers():
-    """Weights scaled by the style and brought to length 1, one convolution for each picture (Karras et al. 2020)."""
-    layer, x, style = randomised(fashion_keras_port.Styled(5, 7, 2)).eval(), torch.randn(3, 5, 6, 6), torch.randn(3, 128)
+    """Weights scaled by the style and brought to length 1, for each picture (Karras et al. 2020)."""
+    layer, x, style = randomised(fashion_keras_port.Styled(5, 7, 2)).eval(), torch.randn(3, 5, 6,
+                                                                                         6), torch.randn(3,
+                                                                                                         128)
     expected = []
     for picture, strength in zip(x, 1 + layer.style(style)):
         weight = layer.conv.weight * strength[None, :, None, None]

@@ -21,7 +21,8 @@ def one_pack(tmp_path_factory):
 def run_notebook(folder, cells):
     """Run cells in a fresh kernel with `folder` as its working directory; returns what they printed."""
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    NotebookClient(book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+    NotebookClient(book, timeout=300, kernel_name="python3",
+                   resources={"metadata": {"path": str(folder)}}).execute()
     return "".join(output.get("text", "") for cell in book.cells for output in cell.outputs)
 
 
@@ -29,12 +30,13 @@ def test_by_writefile(script, tmp_path, monkeypatch):
     """`!python` is a shell's, so the environment that the tests run in is put first on its PATH."""
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     name, argv = f"{script.SCRIPT}.py", " ".join([*TINY[script], *DATA])
-    text = run_notebook(tmp_path, [f"%%writefile {name}\n{Path(script.__file__).read_text()}", f"!python {name} {argv}"])
+    text = run_notebook(tmp_path, [f"%%writefile {name}\n{Path(script.__file__).read_text()}",
+                                   f"!python {name} {argv}"])
     assert (tmp_path / "run" / "comparison.png").exists(), text
 
 
 def test_pasted_into_a_cell(script, tmp_path):
-    """The last line is what a user would edit; main() takes the defaults there, not the kernel's own sys.argv."""
+    """The last line is what a user edits; main() takes the defaults there, not the kernel's own sys.argv."""
     text = Path(script.__file__).read_text()
     assert text.endswith('if __name__ == "__main__":\n    main()\n# --- end shared ---\n')
     pasted = text.replace("    main()\n", f"    main({[*TINY[script], *DATA]})\n")

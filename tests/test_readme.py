@@ -14,7 +14,8 @@ def commands(script, text):
 
 
 def test_ci_runs_the_readmes_two_commands():
-    typed = [line for line in (TOP / ".ci" / "run").read_text().splitlines() if line.startswith("pip install")]
+    typed = [line for line in (TOP / ".ci" / "run").read_text().splitlines()
+             if line.startswith("pip install")]
     assert len(typed) == 2 and all(f"\n{line}\n" in README for line in typed)
 
 
@@ -36,7 +37,8 @@ def test_help_has_every_flag_with_its_default_and_the_docstring(script, capsys):
     text = capsys.readouterr().out
     assert stop.value.code == 0 and script.__doc__.splitlines()[0] in text
     flags = set(re.findall(r"^  (--[\w-]+)", text, re.MULTILINE))
-    assert {"--data", "--root", "--classes", "--epochs", "--steps", "--batch-size", "--lr", "--seed", "--device", "--precision",
+    assert {"--data", "--root", "--classes", "--epochs", "--steps", "--batch-size", "--lr", "--seed",
+            "--device", "--precision",
             "--out", "--resume", "--no-fused", "--logger", "--generate", "--checkpoint", "--save"} <= flags
     for flag in flags - {"--precision", "--device", "--logger"}:
         assert re.search(rf"^  {flag}[ ,].*\n?.*[a-z]{{3}}", text, re.MULTILINE), flag

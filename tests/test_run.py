@@ -1,4 +1,4 @@
-"""The run folder: what is in it, and that nothing is lost when a run is stopped, killed, resumed or started twice."""
+"""The run folder: what is in it, and that nothing is lost when a run is stopped, killed or resumed."""
 import csv
 import json
 import math
@@ -29,11 +29,12 @@ HEAD = "step,epoch,seconds,images,loss_d,loss_g,d_real,d_fake".split(",")
 
 def rows_of(out):
     """metrics.csv as dictionaries of numbers."""
-    return [{name: float(value) for name, value in row.items()} for row in csv.DictReader((out / "metrics.csv").open())]
+    return [{name: float(value) for name, value in row.items()}
+            for row in csv.DictReader((out / "metrics.csv").open())]
 
 
 def same_run(a, b):
-    """Assert that two run folders hold the same weights, bit for bit, the same metrics but for the seconds, and files."""
+    """Assert that two run folders have the same weights, metrics (but for the seconds) and pictures, bit for bit."""
     first, second = (load(out / "checkpoint.pt") for out in (a, b))
     assert first["step"] == second["step"]
     for name in ("G", "D", "ema"):
@@ -44,14 +45,15 @@ def same_run(a, b):
             assert all(torch.equal(value, second[name]["state"][number][key]) for key, value in state.items())
     rows = [[dict(row, seconds=0) for row in rows_of(out)] for out in (a, b)]
     assert rows[0] == rows[1] != []
-    made = [{path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.suffix in (".png", ".gif")}
+    made = [{path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.suffix in (".png",
+                                                                                                    ".gif")}
             for out in (a, b)]
     assert made[0] == made[1] and len(made[0]) > 4
     assert not list(b.rglob(".part-*"))
 
 
 def stand_in(monkeypatch, script, loss=lambda step: float(step), act=lambda step: None):
-    """A train_step that learns nothing, whose losses are loss(step) and -loss(step) and whose logits are 1 and -1."""
+    """A train_step that learns nothing: its losses are loss(step) and -loss(step), its logits 1 and -1."""
     def step(nets, args, view, real, z, *labels):
         steps.append(len(steps) + 1)
         act(steps[-1])
@@ -68,14 +70,16 @@ def test_a_run_leaves_the_whole_folder(script, root, tmp_path, capsys):
     out = tmp_path / "run"
     script.main(flags(script, root, out, "--epochs", 3))
     names = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
-    pictures = {*(f"samples/epoch_{i:04d}.png" for i in (1, 2, 3)), "losses.png", "scores.png", "comparison.png", "evolution.gif"}
+    pictures = {*(f"samples/epoch_{i:04d}.png" for i in (1, 2, 3)), "losses.png", "scores.png",
+                "comparison.png", "evolution.gif"}
     assert names == {"config.json", "metrics.csv", "checkpoint.pt", "models.pth"} | pictures
     for picture in pictures:
         assert np.asarray(Image.open(out / picture).convert("L")).std() > 5
     assert Image.open(out / "evolution.gif").n_frames == 3
     config = json.loads((out / "config.json").read_text())
     used = config["used"]
-    assert config["width"] == script.parse(TINY[script])[0].width and config["augment"] is True and config["seed"] == 0
+    assert config["width"] == script.parse(TINY[script])[0].width
+    assert config["augment"] is True and config["seed"] == 0
     assert (used["pictures"], used["processes"], used["device"], used["precision"]) == (40, 1, "cpu", "fp32")
     assert used["torch"] == torch.__version__ and used["gan_ops"] == script.GAN_OPS and "python" in used
     said = capsys.readouterr().out
@@ -83,11 +87,13 @@ def test_a_run_leaves_the_whole_folder(script, root, tmp_path, capsys):
     assert next(csv.reader((out / "metrics.csv").open())) == HEAD
     rows = rows_of(out)
     assert [(row["step"], row["epoch"], row["images"]) for row in rows] == [(10, 2, 80), (15, 3, 120)]
-    assert all(0 < row[name] < 1 for row in rows for name in ("d_real", "d_fake")) and rows[0]["seconds"] <= rows[1]["seconds"]
+    assert all(0 < row[name] < 1 for row in rows for name in ("d_real", "d_fake"))
+    assert rows[0]["seconds"] <= rows[1]["seconds"]
     models, saved = load(out / "models.pth"), load(out / "checkpoint.pt")
     assert set(models) == {"Generator", "Discriminator", "config"} and saved["step"] == 15
     assert all(torch.equal(value, saved["ema"][name]) for name, value in models["Generator"].items())
-    for network, name in zip(script.make_networks(script.argparse.Namespace(**models["config"])), ("Generator", "Discriminator")):
+    for network, name in zip(script.make_networks(script.argparse.Namespace(**models["config"])),
+                             ("Generator", "Discriminator")):
         network.load_state_dict(models[name])
 
 
@@ -101,7 +107,8 @@ def test_metrics_are_the_means_of_ten_steps(root, tmp_path, monkeypatch):
     assert all((r["d_real"], r["d_fake"]) == pytest.approx((one, 1 - one), rel=1e-6) for r in rows)
 
 
-@pytest.mark.parametrize("more, steps", [("--steps 4 --epochs 9", 4), ("--steps 9 --epochs 1", 5), ("--epochs 2", 10)])
+@pytest.mark.parametrize("more, steps", [("--steps 4 --epochs 9", 4), ("--steps 9 --epochs 1", 5),
+                                         ("--epochs 2", 10)])
 def test_whichever_of_steps_and_epochs_comes_first_ends_the_run(more, steps, root, tmp_path, monkeypatch):
     taken = stand_in(monkeypatch, dcgan)
     dcgan.main(flags(dcgan, root, tmp_path, *more.split()))
@@ -119,12 +126,13 @@ def test_the_same_seed_gives_the_same_files_and_another_seed_others(script, root
 # Going on
 
 def test_a_run_in_parts_is_the_whole_run_bit_for_bit(kind, root, tmp_path, monkeypatch):
-    """Resumed at steps between two rows of the metrics and between two epochs; every file is replaced whole."""
+    """Resumed between two rows of the metrics and between two epochs; every file is replaced whole."""
     script, argv = kind
     script.main(flags(script, root, tmp_path / "whole", *argv.split(), "--steps", 23))
     script.main(flags(script, root, tmp_path / "parts", *argv.split(), "--steps", 7))
     for steps in 8, 16, 23:
-        kept = [(path, os.open(path, os.O_RDONLY), path.read_bytes()) for path in (tmp_path / "parts").glob("*.pt*")]
+        kept = [(path, os.open(path, os.O_RDONLY), path.read_bytes())
+                for path in (tmp_path / "parts").glob("*.pt*")]
         script.main(["--resume", "--out", str(tmp_path / "parts"), "--steps", str(steps)])
         for path, descriptor, content in kept:
             assert os.pread(descriptor, len(content) + 1, 0) == content and path.read_bytes() != content
@@ -165,10 +173,12 @@ def test_a_run_killed_before_its_last_pictures_has_them_when_resumed(root, tmp_p
 
 
 @pytest.mark.parametrize("argv, words", [
-    ("--batch-size 4", "batch"), ("--classes a b", "pictures"), ("--width 3", "--width"), ("processes", "processes"),
+    ("--batch-size 4", "batch"), ("--classes a b", "pictures"), ("--width 3", "--width"),
+                                         ("processes", "processes"),
     ("data", "pictures")])
-def test_going_on_as_something_else_is_refused(script, argv, words, trained, root, tmp_path, fails, monkeypatch):
-    """A step of other pictures, other pictures, another network, other processes: epochs and counts would be wrong."""
+def test_going_on_as_something_else_is_refused(script, argv, words, trained, root, tmp_path, fails,
+                                               monkeypatch):
+    """Epochs and counts would be wrong, or the network another."""
     before = (trained / "checkpoint.pt").read_bytes()
     if argv == "processes":  # as torchrun would say it; no group is made
         monkeypatch.setenv("WORLD_SIZE", "2")
@@ -185,10 +195,12 @@ def test_going_on_as_something_else_is_refused(script, argv, words, trained, roo
 
 def test_a_resumed_run_keeps_what_it_was_told(root, tmp_path):
     """Precision, device and all else that is not given again; what is given again counts."""
-    dcgan.main(flags(dcgan, root, tmp_path, "--steps", 1, "--seed", 5, "--no-augment", "--save-every", 3, "--no-fused"))
+    dcgan.main(flags(dcgan, root, tmp_path, "--steps", 1, "--seed", 5, "--no-augment", "--save-every", 3,
+                     "--no-fused"))
     dcgan.main(["--resume", "--out", str(tmp_path), "--steps", "2", "--ema", "0.5"])
     config = json.loads((tmp_path / "config.json").read_text())
-    kept = [config[name] for name in ("seed", "augment", "save_every", "no_fused", "batch_size", "device", "precision", "ema")]
+    kept = [config[name] for name in ("seed", "augment", "save_every", "no_fused", "batch_size", "device",
+                                      "precision", "ema")]
     assert kept == [5, False, 3, True, 8, "cpu", "fp32", 0.5] and config["used"]["precision"] == "fp32"
 
 
@@ -244,7 +256,8 @@ def test_a_signal_saves_and_says_how_to_go_on(script, number, root, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_stopped_in_its_first_steps_is_saved_and_goes_on(script, number, root, tmp_path, monkeypatch, capsys):
+def test_a_run_stopped_in_its_first_steps_is_saved_and_goes_on(script, number, root, tmp_path, monkeypatch,
+                                                               capsys):
     kept = signal.getsignal(number)
     with monkeypatch.context() as patch:
         stand_in(patch, script, act=lambda step: step == 2 and signal.raise_signal(number))
@@ -257,9 +270,10 @@ def test_a_run_stopped_in_its_first_steps_is_saved_and_goes_on(script, number, r
     assert load(tmp_path / "checkpoint.pt")["step"] == 4
 
 
-@pytest.mark.parametrize("name, steps", [("dcgan", 150), ("cspup128", 60), ("cgan_residual", 150), ("fashion-dcgan", 150)])
+@pytest.mark.parametrize("name, steps", [("dcgan", 150), ("cspup128", 60), ("cgan_residual", 150),
+                                         ("fashion-dcgan", 150)])
 def test_twelve_kills_change_nothing(name, steps, root, tmp_path):
-    """SIGKILL at six moments of a life from its start on, and at six soon after it has saved; then the end."""
+    """SIGKILL at six moments of a life from its start on, at six soon after it has saved; then the end."""
     script, argv = KINDS[name]
     rng, more = random.Random(0), [*argv.split(), "--steps", steps]
     out, printed, lives = tmp_path / "killed", tmp_path / "printed.txt", []
@@ -298,7 +312,8 @@ def test_interrupted_before_the_first_step_ends_in_one_line(root, tmp_path, monk
 # What goes wrong in training
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_the_run_after_what_is_finite_was_saved(value, root, tmp_path, monkeypatch, fails):
+def test_a_loss_that_is_not_finite_stops_the_run_after_what_is_finite_was_saved(value, root, tmp_path,
+                                                                                monkeypatch, fails):
     with monkeypatch.context() as patch:
         stand_in(patch, dcgan, lambda step: value if step == 15 else 1.0)
         line = fails(dcgan, *flags(dcgan, root, tmp_path, "--steps", 40, "--save-every", 0))
@@ -320,23 +335,26 @@ def faces(different, count=64):
     return (pictures + 4 * torch.randn(pictures.shape)).clamp(0, 255).byte()
 
 
-@pytest.mark.parametrize("made, real, count, worried", [(64, 64, 50, 0), (52, 64, 50, 0), (40, 64, 50, 1), (6, 64, 50, 1),
+@pytest.mark.parametrize("made, real, count, worried", [(64, 64, 50, 0), (52, 64, 50, 0), (40, 64, 50, 1),
+                                                        (6, 64, 50, 1),
                                                         (1, 64, 50, 1), (6, 64, 49, 0), (6, 6, 50, 0)])
 def test_samples_that_repeat_themselves_earn_a_line(made, real, count, worried):
-    """Each sample's nearest other one, against the same among real pictures, which may repeat themselves too."""
+    """Each sample's nearest other one, against the same among real pictures, which may repeat too."""
     found = list(dcgan.worries(rows(count), faces(made), faces(real)))
     assert len(found) == worried and all("repeat themselves" in line for line in found)
 
 
 @pytest.mark.parametrize("ahead, count, said", [
-    (0.97, 20, "has won"), (0.97, 19, None), (0.9, 20, None), (0.0, 20, "no better than chance"), (-0.1, 30, "chance"),
+    (0.97, 20, "has won"), (0.97, 19, None), (0.9, 20, None), (0.0, 20, "no better than chance"),
+                                                (-0.1, 30, "chance"),
     (0.0, 19, None), (0.005, 20, None)])
 def test_a_discriminator_that_has_won_or_only_guesses_earns_a_line(ahead, count, said):
     found = list(dcgan.worries(rows(count, 0.5 + ahead / 2, 0.5 - ahead / 2), faces(64), faces(64)))
     assert [said in line for line in found] == [True] * bool(said)
 
 
-@pytest.mark.parametrize("low, high, worried", [(0, 8, 1), (250, 255, 1), (100, 110, 1), (0, 255, 0), (0, 80, 0)])
+@pytest.mark.parametrize("low, high, worried", [(0, 8, 1), (250, 255, 1), (100, 110, 1), (0, 255, 0),
+                                                (0, 80, 0)])
 def test_real_pictures_that_are_all_one_colour_or_nearly_black_earn_a_line(low, high, worried):
     real = torch.randint(low, high + 1, (64, 1, 28, 28), dtype=torch.uint8)
     assert ["one colour" in line for line in dcgan.worries(rows(1), faces(64), real)] == [True] * worried
@@ -344,7 +362,8 @@ def test_real_pictures_that_are_all_one_colour_or_nearly_black_earn_a_line(low, 
 
 def test_only_the_last_200_steps_count_and_a_run_says_each_worry_once(root, tmp_path, monkeypatch, capsys):
     won, well = rows(20, 0.99, 0.01), rows(20)
-    assert list(dcgan.worries(won + well, faces(64), faces(64))) == list(dcgan.worries(well + won[1:] + well[:1], faces(
+    assert list(dcgan.worries(won + well, faces(64), faces(64))) == list(dcgan.worries(well + won[1:]
+                                                                                       + well[:1], faces(
         64), faces(64))) == []
     stand_in(monkeypatch, dcgan)
     monkeypatch.setattr(dcgan, "worries", lambda *given: ["oh", "no"])
@@ -398,22 +417,29 @@ def test_wandb_gets_the_metrics_and_a_resumed_run_is_the_same_one(root, tmp_path
     dcgan.main(flags(dcgan, root, tmp_path, "--steps", 2, "--logger", "wandb"))
     dcgan.main(["--resume", "--out", str(tmp_path), "--steps", "4"])
     assert len(begun) == 2 and begun[0]["id"] == begun[1]["id"] and begun[1]["resume"] == "allow"
-    assert all(run["project"] == dcgan.SCRIPT and run["sync_tensorboard"] and run["config"]["width"] for run in begun)
+    assert all(run["project"] == dcgan.SCRIPT and run["sync_tensorboard"] and run["config"]["width"]
+               for run in begun)
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-@pytest.mark.parametrize("logger, module", [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb"), ("wandb", None)])
-def test_a_logger_that_cannot_begin_ends_in_one_line_before_there_is_a_run_folder(logger, module, root, tmp_path, monkeypatch, fails):
+@pytest.mark.parametrize("logger, module", [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb"),
+                                            ("wandb", None)])
+def test_a_logger_that_cannot_begin_ends_in_one_line_before_there_is_a_run_folder(logger, module, root,
+                                                                                  tmp_path, monkeypatch,
+                                                                                  fails):
     def no_key(**options):
         raise RuntimeError("no API key\nconfigured")
     wandb = ModuleType("wandb")
     wandb.init = no_key
     monkeypatch.setitem(sys.modules, module or "wandb", None if module else wandb)
-    line = fails(fashion_keras_port, *flags(fashion_keras_port, root, tmp_path / "run", "--logger", logger, "--steps", 1))
-    assert f"--logger {logger}" in line and (module or "no API key") in line and not (tmp_path / "run").exists()
+    line = fails(fashion_keras_port, *flags(fashion_keras_port, root, tmp_path / "run", "--logger", logger,
+                                            "--steps", 1))
+    assert f"--logger {logger}" in line and (module
+                                             or "no API key") in line and not (tmp_path / "run").exists()
 
 
-def test_what_a_library_raises_is_one_line_and_its_traceback_is_there_for_the_asking(root, tmp_path, monkeypatch, fails):
+def test_what_a_library_raises_is_one_line_and_its_traceback_is_there_for_the_asking(root, tmp_path,
+                                                                                     monkeypatch, fails):
     def broken(step):
         raise ValueError("first line\nsecond line")
     stand_in(monkeypatch, dcgan, act=broken)
@@ -432,7 +458,8 @@ def test_a_full_disk_ends_in_one_line_and_what_was_saved_stays(limit, what, root
     if what == "saving": dcgan.main(flags(dcgan, root, out, "--steps", 10))
     before = (out / "checkpoint.pt").read_bytes() if what == "saving" else b""
     import resource
-    limited = subprocess.run([sys.executable, dcgan.__file__, *argv, "--resume"], capture_output=True, text=True, check=False,
+    limited = subprocess.run([sys.executable, dcgan.__file__, *argv, "--resume"], capture_output=True,
+                             text=True, check=False,
                              preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     assert limited.returncode == 2 and "File too large" in error_line(limited.stderr)
     if what == "saving":

@@ -18,8 +18,10 @@ def test_marked_parts_are_the_originals(name):
 
 
 @pytest.mark.parametrize("name, old, new", [
-    ("cspup128.py", "LOG_EVERY = 10", "LOG_EVERY = 20"), ("cspup128.py", "pictures: {path}", "pictures in {path}"),
-    ("fashion_keras_port.py", "which are the classes?", "no classes"), ("cgan_residual.py", "def write(", "def save(")])
+    ("cspup128.py", "LOG_EVERY = 10", "LOG_EVERY = 20"), ("cspup128.py", "pictures: {path}",
+                                                          "pictures in {path}"),
+    ("fashion_keras_port.py", "which are the classes?", "no classes"), ("cgan_residual.py", "def write(",
+                                                                        "def save(")])
 def test_the_command_mends_a_changed_copy_and_leaves_its_own_lines(name, old, new, tmp_path):
     (tmp_path / "tests").mkdir()
     shutil.copy(shared_parts.__file__, tmp_path / "tests")

@@ -1,4 +1,4 @@
-"""The training step: against plain PyTorch written out here, on one process and on two, by gan_ops and without."""
+"""The training step: against plain PyTorch written out here, in two processes, by gan_ops."""
 import copy
 import itertools
 import os
@@ -30,7 +30,7 @@ def double(monkeypatch):
 
 
 def prepared(script, *argv, dtype=torch.float64, optimiser=None):
-    """(args, what a step changes): networks without dropout or noise, by gradient descent if not by their optimiser."""
+    """(args, what a step changes): networks without dropout, by gradient descent if no optimiser is named."""
     args = script.parse([*TINY[script], *argv])[0]
     args.names = ["a", "b"]
     torch.manual_seed(0)
@@ -40,7 +40,8 @@ def prepared(script, *argv, dtype=torch.float64, optimiser=None):
     for weight in G.parameters() if script is fashion_keras_port else ():
         weight.data.add_(0.05 * torch.randn_like(weight))  # biases too
     make = optimiser or (lambda weights, lr, **options: torch.optim.SGD(weights, 0.02))
-    opt_g, opt_d = (make(net.parameters(), lr, betas=args.betas, fused=True) for net, lr in ((G, args.lr), (D, args.d_lr)))
+    opt_g, opt_d = (make(net.parameters(), lr, betas=args.betas, fused=True) for net, lr in ((G, args.lr),
+                                                                                             (D, args.d_lr)))
     return args, SimpleNamespace(G=G, D=D, opt_g=opt_g, opt_d=opt_d, autocast=nullcontext,
                                  scaler=torch.amp.GradScaler("cpu", enabled=False))
 
@@ -90,11 +91,12 @@ def plain(G, D, opt_g, opt_d, args, view, real, z, *labels):
 
 
 def relativistic(G, D, opt_g, opt_d, args, view, real, z):
-    """R3GAN's: the discriminator by the difference of logits under R1 and R2, then the generator by its negative."""
+    """R3GAN's: the discriminator by the difference of logits under R1 and R2, then the generator."""
     fake = view(G(z))
     kinds = {"relativistic": (lambda r, f: loss_of(r - f, 1.0), lambda r, f: loss_of(f - r, 1.0)),
              "bce": (lambda r, f: loss_of(r, 1.0) + loss_of(f, 0.0), lambda r, f: loss_of(f, 1.0)),
-             "hinge": (lambda r, f: (1 - r).clamp(min=0).mean() + (1 + f).clamp(min=0).mean(), lambda r, f: -f.mean())}
+             "hinge": (lambda r, f: (1 - r).clamp(min=0).mean() + (1 + f).clamp(min=0).mean(), lambda r, f:
+                       -f.mean())}
     of_d, of_g = {**kinds, "logits": kinds["bce"]}[args.loss]
     r = D(real)
     loss_d = of_d(r, D(fake.detach()))
@@ -109,7 +111,7 @@ def relativistic(G, D, opt_g, opt_d, args, view, real, z):
 
 
 def keras_loop(G, D, opt_g, opt_d, args, view, real, z, *labels):
-    """The Keras loop: the discriminator on real, then on what the generator makes in inference mode, then the generator."""
+    """The Keras loop: the discriminator on real, then on what inference mode makes; then the generator."""
     def judge(x):
         return D(x, *labels, logits=True)
     G.eval()
@@ -126,7 +128,8 @@ def keras_loop(G, D, opt_g, opt_d, args, view, real, z, *labels):
     else:
         f = judge(fake)
         loss_d = calm + {"hinge": (1 - r).clamp(min=0).mean() + (1 + f).clamp(min=0).mean(),
-                         "lsgan": ((r - 1) ** 2).mean() + (f**2).mean(), "wgan-gp": f.mean() - r.mean()}[args.loss]
+                         "lsgan": ((r - 1) ** 2).mean() + (f**2).mean(), "wgan-gp": f.mean()
+                         - r.mean()}[args.loss]
         if args.loss == "wgan-gp":
             mix = torch.rand(len(real), 1, 1, 1)
             loss_d = loss_d + 10 * ((slopes(judge, real + (fake - real) * mix) - 1) ** 2).mean()
@@ -140,15 +143,17 @@ def keras_loop(G, D, opt_g, opt_d, args, view, real, z, *labels):
 
 STEPS = [(dcgan, plain, ""), (dcgan, plain, "--recipe classic --channels 1"), (cgan_residual, plain, ""),
          *((cspup128, relativistic, more) for more in (
-             "", "--gamma 0", "--scheme exact --d-every 2", "--loss hinge --d-every 3", "--loss logits --up deconv")),
-         *((fashion_keras_port, keras_loop, f"{arch} --loss {loss}") for loss in ("bce", "hinge", "lsgan", "wgan-gp")
-           for arch in ("", "--arch dcgan --conditional")),
-         *((fashion_keras_port, keras_loop, f"--arch style --conditional --loss {loss}") for loss in ("bce", "wgan-gp"))]
+             "", "--gamma 0", "--scheme exact --d-every 2", "--loss hinge --d-every 3",
+             "--loss logits --up deconv")),
+         *((fashion_keras_port, keras_loop, f"{arch} --loss {loss}")
+           for loss in ("bce", "hinge", "lsgan", "wgan-gp") for arch in ("", "--arch dcgan --conditional")),
+         *((fashion_keras_port, keras_loop, f"--arch style --conditional --loss {loss}")
+           for loss in ("bce", "wgan-gp"))]
 
 
 @pytest.mark.parametrize("script, textbook, argv", STEPS, ids=[f"{s.SCRIPT} {argv}" for s, _, argv in STEPS])
 def test_a_step_is_the_textbook_one(script, textbook, argv, double):
-    """Losses, logits, weights and statistics after three steps are those of plain code, by gradient descent."""
+    """Losses, logits, weights and statistics after three steps are those of plain code."""
     args, nets = prepared(script, *argv.split())
     G, D = copy.deepcopy(nets.G), copy.deepcopy(nets.D)
     opt_g, opt_d = (torch.optim.SGD(net.parameters(), 0.02) for net in (G, D))
@@ -168,11 +173,12 @@ def test_a_step_is_the_textbook_one(script, textbook, argv, double):
         for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9, msg=name)
     moved = [(a - b).abs().max().item() for a, b in zip(before, (*nets.G.parameters(), *nets.D.parameters()))]
-    assert sum(way > 1e-12 for way in moved) > 0.7 * len(moved) and max(moved) > 1e-4  # not biases before batch norm
+    assert sum(way > 1e-12 for way in moved) > 0.7 * len(moved)  # not biases that batch norm takes away
+    assert max(moved) > 1e-4
 
 
 def test_fp16s_scaler_lets_each_optimiser_take_its_steps(kind):
-    """Scaled losses, and as many steps as without: twice for a discriminator that learns from two batches in turn."""
+    """As many steps as without, which are two for a network that learns twice in turn."""
     script, argv = kind
     counts, weights = [], []
     for enabled in False, True:
@@ -190,13 +196,14 @@ def test_fp16s_scaler_lets_each_optimiser_take_its_steps(kind):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_lower_precision_follows_fp32(kind, precision, root, tmp_path):
-    """Weights stay float32, and the losses of the first steps stay near those of float32 without being the same."""
+    """Weights stay float32, and the losses of the first steps are near those of float32, not the same."""
     script, argv = kind
     rows = []
     for name in "fp32", precision:
         script.main(flags(script, root, tmp_path / name, *argv.split(), "--steps", 2, "--precision", name))
         rows.append((tmp_path / name / "metrics.csv").read_text().split()[-1].split(",")[4:])
-    assert {w.dtype for w in load(tmp_path / name / "models.pth")["Generator"].values()} <= {torch.float32, torch.int64}
+    assert {w.dtype for w in load(tmp_path / name / "models.pth")["Generator"].values()} <= {torch.float32,
+                                                                                             torch.int64}
     rows = np.array(rows, float)
     assert rows[0] == pytest.approx(rows[1], rel=0.1, abs=0.05) and (rows[0] != rows[1]).any()
 
@@ -213,7 +220,8 @@ def test_fp16_takes_second_derivatives_in_fp32():
 
 
 def test_two_learning_rates_and_betas_reach_the_optimisers(script, root, tmp_path):
-    script.main(flags(script, root, tmp_path, "--steps", 1, "--lr", 0.003, "--d-lr", 0.004, "--betas", 0.4, 0.9))
+    script.main(flags(script, root, tmp_path, "--steps", 1, "--lr", 0.003, "--d-lr", 0.004, "--betas", 0.4,
+                      0.9))
     saved = load(tmp_path / "checkpoint.pt")
     groups = [saved[name]["param_groups"][0] for name in ("opt_g", "opt_d")]
     assert [list(group["betas"]) for group in groups] == [[0.4, 0.9]] * 2
@@ -239,13 +247,14 @@ def test_the_average_follows_the_generator_with_its_statistics(script, root, tmp
                 expected = states[0]["ema"][name].lerp(states[1]["G"][name], weight)
                 torch.testing.assert_close(average, expected, rtol=1e-4, atol=1e-6)
                 assert ema or torch.equal(average, states[1]["G"][name])
-        assert ema == 0 or any(not torch.equal(value, states[1]["G"][name]) for name, value in states[1]["ema"].items())
+        assert ema == 0 or any(not torch.equal(value, states[1]["G"][name]) for name,
+                               value in states[1]["ema"].items())
 
 
 # Augmentation
 
 def test_augmentation_is_the_papers(script):
-    """Colour, shift and cutout of Zhao et al. 2020, by hand for one picture at a time; and gradients pass through it."""
+    """Colour, shift and cutout (Zhao et al. 2020) by hand, picture by picture; gradients pass through."""
     x = torch.rand(8, 3, 16, 24, dtype=torch.float64) * 2 - 1
     u = torch.rand(8, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     u[0], u[1] = 0.0, 1 - 1e-9
@@ -254,9 +263,11 @@ def test_augmentation_is_the_papers(script):
         grey = picture.mean(0, keepdim=True)
         picture = grey + (picture - grey) * 2 * colour
         picture = picture.mean() + (picture - picture.mean()) * (contrast + 0.5)
-        (down, up), (right, left) = ((int(p * (2 * n // 8 + 1)) - n // 8, p2) for p, p2, n in zip(place, place[2:], (16, 24)))
+        (down, up), (right, left) = ((int(p * (2 * n // 8 + 1)) - n // 8, p2) for p, p2,
+                                     n in zip(place, place[2:], (16, 24)))
         expected = torch.zeros_like(picture)
-        for i, j in itertools.product(range(max(0, -down), min(16, 16 - down)), range(max(0, -right), min(24, 24 - right))):
+        for i, j in itertools.product(range(max(0, -down), min(16, 16 - down)), range(max(0, -right),
+                                                                                      min(24, 24 - right))):
             if abs((i + down) / 16 - up) >= 0.25 or abs((j + right) / 24 - left) >= 0.25:
                 expected[:, i, j] = picture[:, i + down, j + right]
         torch.testing.assert_close(made, expected)
@@ -265,9 +276,10 @@ def test_augmentation_is_the_papers(script):
     assert (x.grad != 0).any()
 
 
-@pytest.mark.parametrize("more, views", [("--no-augment --no-flip", 1), ("--no-augment --flip", 2), ("--augment --flip", 9)])
+@pytest.mark.parametrize("more, views", [("--no-augment --no-flip", 1), ("--no-augment --flip", 2),
+                                         ("--augment --flip", 9)])
 def test_what_a_step_is_given(script, more, views, root, tmp_path, monkeypatch):
-    """Real pictures in [-1, 1] as they are, mirrored or augmented; the same view of what is generated; fresh noise."""
+    """Real pictures in [-1, 1] as they are, mirrored or augmented as what is generated is; fresh noise."""
     seen = []
 
     def record(nets, args, view, real, z, *labels):
@@ -293,8 +305,10 @@ def test_what_a_step_is_given(script, more, views, root, tmp_path, monkeypatch):
 
 def launch(script, argv, processes=1, driver=None):
     """Run the script, or a program around it, in processes of its own."""
-    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] * (processes > 1)
-    done = subprocess.run([sys.executable, *command, driver or script.__file__, *argv], capture_output=True, text=True)
+    command = ["-m", "torch.distributed.run", "--standalone",
+               f"--nproc-per-node={processes}"] * (processes > 1)
+    done = subprocess.run([sys.executable, *command, driver or script.__file__, *argv], capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -311,7 +325,8 @@ def test_two_processes_at_half_the_batch_train_as_one_at_the_whole(root, tmp_pat
     torch.manual_seed(0)
     start = dict(zip("GD", cspup128.make_networks(cspup128.parse(more)[0])))
     for name, network in start.items():
-        a, b, c = (torch.cat([v.flatten() for v in state.values()]) for state in (one[name], two[name], network.state_dict()))
+        a, b, c = (torch.cat([v.flatten() for v in state.values()]) for state in (one[name], two[name],
+                                                                                  network.state_dict()))
         assert (a - b).norm() < 0.02 * (a - c).norm()
     rows = [(tmp_path / name / "metrics.csv").read_text().split()[-1].split(",") for name in ("one", "two")]
     assert rows[0][3] == rows[1][3] == "160"
@@ -319,7 +334,7 @@ def test_two_processes_at_half_the_batch_train_as_one_at_the_whole(root, tmp_pat
 
 
 def test_each_process_has_its_pictures_and_its_noise_and_they_stay_alike(root, tmp_path):
-    """What two processes draw, in and around train_step, differs; their weights do not. Rank 0 alone writes."""
+    """What two processes draw, in and around train_step, differs; their weights do not."""
     driver = tmp_path / "driver.py"
     driver.write_text(f"""
 import os, sys
@@ -345,7 +360,8 @@ script.main()
         assert torch.equal(value, {**G2, **D2}[name]) or "running" in name or name in G
     assert all(torch.equal(value, G2[name]) for name, value in G.items() if "running" not in name)
     assert "processes 2" in said and load(out / "checkpoint.pt")["step"] == 12
-    assert [row.split(",")[:4:3] for row in (out / "metrics.csv").read_text().split()[1:]] == [["10", "80"], ["12", "96"]]
+    assert [row.split(",")[:4:3] for row in (out / "metrics.csv").read_text().split()[1:]] == [["10", "80"],
+                                                                                               ["12", "96"]]
 
 
 # gan_ops
@@ -359,15 +375,18 @@ def with_gan_ops(script, argv, root, tmp_path, *more):
 
 
 def test_gan_ops_trains_as_the_twins_do(kind, root, tmp_path):
-    """To rounding, which Adam makes grow: by how far the weights moved. Two runs with gan_ops have the same bits."""
+    """To rounding, by how far the weights moved. Two runs with gan_ops have the same bits."""
     pytest.importorskip("gan_ops")
     script, argv = kind
-    (fused, said), (twins, other) = (with_gan_ops(script, argv, root, tmp_path, *m) for m in ([], ["--no-fused"]))
-    assert said == script.GAN_OPS and said.startswith("serves on cpu") and other == "does not serve: --no-fused"
+    (fused, said), (twins, other) = (with_gan_ops(script, argv, root, tmp_path, *m)
+                                     for m in ([], ["--no-fused"]))
+    assert said == script.GAN_OPS and said.startswith("serves on cpu")
+    assert other == "does not serve: --no-fused"
     again, _ = with_gan_ops(script, argv, root, tmp_path, "--seed", "0")
     start, _ = with_gan_ops(script, argv, root, tmp_path, "--lr", "0", "--d-lr", "0")
     for name in "GD":
-        a, b, c, d = (torch.cat([v.flatten().double() for k, v in state[name].items() if "running" not in k and "num" not in k])
+        a, b, c, d = (torch.cat([v.flatten().double() for k, v in state[name].items() if "running" not in k
+                                 and "num" not in k])
                       for state in (fused, twins, again, start))
         assert torch.equal(a, c) and (a - b).norm() < 0.05 * (a - d).norm()
 
@@ -388,8 +407,10 @@ def test_batch_norms_go_through_gan_ops_where_it_serves(kind):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.SCRIPT)
 @pytest.mark.parametrize("text, words", [
-    ("raise ImportError('undefined symbol: _ZN3c10')", "undefined symbol"), ("torch_version = '1.0'", "built for torch 1.0"),
-    ("torch_version = None", "torch None"), ("raise OSError('libcudart.so.13: cannot open')", "libcudart"), ("1 / 0", "zero")])
+    ("raise ImportError('undefined symbol: _ZN3c10')", "undefined symbol"), ("torch_version = '1.0'",
+                                                                             "built for torch 1.0"),
+    ("torch_version = None", "torch None"), ("raise OSError('libcudart.so.13: cannot open')", "libcudart"),
+                                         ("1 / 0", "zero")])
 def test_a_build_that_does_not_fit_is_named_and_the_twins_serve(script, text, words, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "gan_ops", raising=False)
@@ -397,15 +418,16 @@ def test_a_build_that_does_not_fit_is_named_and_the_twins_serve(script, text, wo
     source = open(script.__file__).read()
     names = {}
     exec(source[: source.index("# --- end shared ---")], names)
-    assert names["FUSED"] == () and names["GAN_OPS"].startswith("does not serve: ") and "pip install -e ." in names["GAN_OPS"]
-    assert words in names["GAN_OPS"]
+    said = names["GAN_OPS"]
+    assert names["FUSED"] == () and said.startswith("does not serve: ")
+    assert "pip install -e ." in said and words in said
 
 
 # CUDA
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_captured_step_trains_as_the_step_does(kind, root, tmp_path):
-    """The first three steps of a life are run as they are, the later ones as a graph: one life against four."""
+    """The first three steps of a life run as they are, the later ones as a graph: one life against four."""
     script, argv = kind
     more = [*argv.split(), "--device", "cuda"]
     script.main(flags(script, root, tmp_path / "graph", *more, "--steps", 12))
