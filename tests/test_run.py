@@ -34,7 +34,7 @@ def rows_of(out):
 
 
 def same_run(a, b):
-    """Assert that two run folders have the same weights, metrics (but for the seconds) and pictures, bit for bit."""
+    """Assert that two folders have the same weights, metrics (but for the seconds) and pictures, bit for bit."""
     first, second = (load(out / "checkpoint.pt") for out in (a, b))
     assert first["step"] == second["step"]
     for name in ("G", "D", "ema"):
@@ -317,7 +317,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_after_what_is_finite_was_saved(
     with monkeypatch.context() as patch:
         stand_in(patch, dcgan, lambda step: value if step == 15 else 1.0)
         line = fails(dcgan, *flags(dcgan, root, tmp_path, "--steps", 40, "--save-every", 0))
-    assert "step 20 is not finite" in line and "--lr" in line and "--precision fp32" in line
+    assert "no finite loss at step 20" in line and "--lr" in line and "--precision fp32" in line
     assert load(tmp_path / "checkpoint.pt")["step"] == 10
     dcgan.main(["--resume", "--out", str(tmp_path), "--steps", "20", "--lr", "1e-5"])
     assert load(tmp_path / "checkpoint.pt")["step"] == 20
