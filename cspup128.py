@@ -533,7 +533,7 @@ def train(args, saved):
             if world > 1: dist.all_reduce(values)
             *values, stop = values.tolist()
             if not all(map(math.isfinite, values)):
-                raise ArithmeticError(f"no finite loss at step {step}: --resume --precision fp32, or a lower --lr")
+                raise ValueError(f"no finite loss at step {step}: --resume --precision fp32 or a lower --lr")
             rows.append([step, epoch, round(time.monotonic() - began, 2), step * images, *values])
             bar.set_postfix(epoch=epoch, loss_d=values[0], loss_g=values[1])
             for name, value in zip(COLUMNS[4:], values) if args.logger and rank == 0 else ():
