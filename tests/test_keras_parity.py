@@ -7,16 +7,15 @@ from types import SimpleNamespace
 
 os.environ.update(KERAS_BACKEND="torch", KERAS_TORCH_DEVICE="cpu")  # which Keras reads as it is imported
 
+import keras
 import numpy as np
 import pytest
 import torch
+from keras import layers as L
 from torch import nn
-
-keras = pytest.importorskip("keras")
 
 import fashion_keras_port as port
 
-L = keras.layers
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 LEAKY = functools.partial(L.LeakyReLU, negative_slope=0.2)
 FUSED = [False, True] if "cpu" in port.FUSED else [False]  # by gan_ops too, where it is installed

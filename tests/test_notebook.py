@@ -3,12 +3,12 @@ import os
 import sys
 from pathlib import Path
 
+import jupytext
 import nbformat
 import pytest
 from conftest import TINY
 from nbclient import NotebookClient
 
-jupytext = pytest.importorskip("jupytext")
 DATA = ["--data", "synthetic", "--steps", "3", "--out", "run"]
 
 

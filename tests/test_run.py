@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import torch
 from conftest import KINDS, SCRIPTS, TINY, error_line, flags, load
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cspup128
 import dcgan
@@ -34,7 +36,7 @@ def rows_of(out):
 
 
 def same_run(a, b):
-    """Assert that two folders have the same weights, metrics (but for the seconds) and pictures, bit for bit."""
+    """Assert that two folders have the same weights, metrics (without seconds) and pictures, bit for bit."""
     first, second = (load(out / "checkpoint.pt") for out in (a, b))
     assert first["step"] == second["step"]
     for name in ("G", "D", "ema"):
@@ -234,7 +236,8 @@ def wait_for_save(running, checkpoint):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("script, number", zip(SCRIPTS, 2 * [signal.SIGINT, signal.SIGTERM]), ids=str)
+@pytest.mark.parametrize("script, number", zip(SCRIPTS, 2 * [signal.SIGINT, signal.SIGTERM]),
+                         ids=lambda value: getattr(value, "SCRIPT", None))
 def test_a_signal_saves_and_says_how_to_go_on(script, number, root, tmp_path):
     out = tmp_path / "run"
     process = start(script, flags(script, root, out, "--steps", 100000, "--save-every", 0))
@@ -396,11 +399,10 @@ def test_the_best_device_and_precision_are_taken_and_a_gpu_that_cannot_is_named(
 # --logger
 
 def test_tensorboard_holds_what_metrics_csv_holds(root, tmp_path):
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     process = start(dcgan, flags(dcgan, root, tmp_path, "--steps", 12, "--logger", "tensorboard"))
     text, _ = process.communicate()
     assert process.returncode == 0, text[-500:]
-    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert sorted(events.Tags()["scalars"]) == sorted(HEAD[4:])
     for name in HEAD[4:]:
@@ -457,7 +459,6 @@ def test_a_full_disk_ends_in_one_line_and_what_was_saved_stays(limit, what, root
     if what == "packing": argv += ["--root", str(tmp_path / "root")]
     if what == "saving": dcgan.main(flags(dcgan, root, out, "--steps", 10))
     before = (out / "checkpoint.pt").read_bytes() if what == "saving" else b""
-    import resource
     limited = subprocess.run([sys.executable, dcgan.__file__, *argv, "--resume"], capture_output=True,
                              text=True, check=False,
                              preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
