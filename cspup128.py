@@ -128,19 +128,18 @@ class Generator(nn.Module):
         return torch.tanh(self.picture(x))  # N,3,128,128
 
 class Discriminator(nn.Sequential):
-    """Pictures (N,3,128,128) to logits (N): `convs` 4x4 convolutions of stride 2, of which from the fourth on
-    those of a `deep` one have twice the channels, and a valid one over what is left."""
-    def __init__(self, width=64, convs=5, deep=True):
-        channels, layers = [3] + [width << i + (deep and i > 2) for i in range(convs)], []
+    """Pictures (N,3,128,128) to logits (N): `convs` 4x4 convolutions of stride 2, a valid one over what is left."""
+    def __init__(self, width=64, convs=5):
+        channels, layers = [3] + [width << i for i in range(convs)], []
         for c_in, c_out in zip(channels, channels[1:]):
-            layers += nn.Conv2d(c_in, c_out, 4, 2, 1), nn.LeakyReLU(0.2)
+            layers += nn.Conv2d(c_in, c_out, 4, 2, 1), nn.LeakyReLU(0.2)  # N,64,64,64 to N,1024,4,4
         super().__init__(*layers, nn.Conv2d(channels[-1], 1, 128 >> convs), nn.Flatten(0))
 
 def make_networks(args):
     """(generator, discriminator); stable: the generator's weights are DCGAN's, N(0, 0.02), of batch norm
     N(1, 0.02), those of the discriminator He et al.'s (2015), as no batch norm mends their scale."""
     stable = args.recipe == "stable"
-    G, D = Generator(args.width, args.slope, stable, args.up), Discriminator(args.width, args.d_convs, stable)
+    G, D = Generator(args.width, args.slope, stable, args.up), Discriminator(args.width, args.d_convs)
     for name, weight in G.named_parameters() if stable else ():
         if name.endswith("weight"): nn.init.normal_(weight, mean=float(weight.ndim == 1), std=0.02)
     for layer in D if stable else ():
