@@ -128,7 +128,7 @@ class Generator(nn.Module):
         return torch.tanh(self.picture(x))  # N,3,128,128
 
 class Discriminator(nn.Sequential):
-    """Pictures (N,3,128,128) to logits (N): `convs` 4x4 convolutions of stride 2, a valid one over what is left."""
+    """Pictures (N,3,128,128) to logits (N): `convs` 4x4 convolutions of stride 2, then a valid one."""
     def __init__(self, width=64, convs=5):
         channels, layers = [3] + [width << i for i in range(convs)], []
         for c_in, c_out in zip(channels, channels[1:]):
