@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import struct
-import tarfile
-import zipfile
 import zlib
 from pathlib import Path
 
