@@ -236,7 +236,7 @@ def wait_for_save(running, checkpoint):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("script, number", zip(SCRIPTS, 2 * [signal.SIGINT, signal.SIGTERM]),
+@pytest.mark.parametrize("script, number", [*zip(SCRIPTS, 2 * [signal.SIGINT, signal.SIGTERM])],
                          ids=lambda value: getattr(value, "SCRIPT", None))
 def test_a_signal_saves_and_says_how_to_go_on(script, number, root, tmp_path):
     out = tmp_path / "run"
