@@ -1,4 +1,5 @@
 """The tools as their users speak to them, on runs of all four scripts."""
+import argparse
 import functools
 import importlib
 import json
@@ -49,8 +50,12 @@ def runs(tmp_path_factory):
             patch.setattr(script, "DRAWN", script.DRAWN[: COUNTS[kind]])
             script.main([*TINY, *flags, "--root", str(folder / "root"), "--out", str(out)])
         saved = torch.load(out / "models.pth", weights_only=True)
-        for tensor in saved["Generator"].values(): tensor.mul_(5 if tensor.ndim > 1 else 1)
-        torch.save(saved, out / "models.pth")
+        args = argparse.Namespace(**saved["config"])
+        generator = script.make_networks(args)[0].eval()
+        generator.load_state_dict(saved["Generator"])
+        for parameter in generator.parameters(): parameter.data.mul_(5 if parameter.ndim > 1 else 1)
+        script.settle_norms(generator, script.draw_z(args, 64))
+        torch.save(dict(saved, Generator=generator.state_dict()), out / "models.pth")
         found[kind] = out
     return found
 
