@@ -192,9 +192,11 @@ def to_keras(script, args, saved, kind, path):
     print(f"{path}: the {kind.lower()}, for keras.saving.load_model")
 
 def to_half(script, args, saved, path):
-    """The averaged generator alone, in half precision, as a checkpoint that --generate takes."""
+    """The averaged generator alone, in half precision, as a checkpoint that --generate takes; as such files are
+    given away, its arguments name no folder of this machine."""
+    config = dict(saved["config"], root="data", out=f"runs/{script.SCRIPT}", data=Path(args.data).name)
     state = {name: v.half() if v.is_floating_point() else v for name, v in saved["Generator"].items()}
-    script.write(path, functools.partial(torch.save, dict(Generator=state, config=saved["config"])))
+    script.write(path, functools.partial(torch.save, dict(Generator=state, config=config)))
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 def export(run, paths):
