@@ -283,7 +283,8 @@ def draw_run(out, rows, real, fake):
     pairs = torch.cat([images.unflatten(0, (-1, PER_ROW)) for images in (real, fake)], 1).flatten(0, 1)
     write(out / "comparison.png", to_grid(pairs, 2 * PER_ROW).save)  # real on the left, made on the right
     files = sorted((out / "samples").glob("epoch_*.png"))
-    first, *rest = (ImageOps.contain(Image.open(f), (512, 512)) for f in files[:: len(files) // 100 + 1])
+    files = files[:: -(len(files) // 100) - 1][::-1]  # about 100, and the last one always
+    first, *rest = (ImageOps.contain(Image.open(file), (512, 512)) for file in files)
     first.save(out / "evolution.gif", save_all=True, append_images=rest, duration=250, loop=0)
 
 def worries(rows, fake, real):

@@ -99,6 +99,19 @@ def test_a_run_leaves_the_whole_folder(script, root, tmp_path, capsys):
         network.load_state_dict(models[name])
 
 
+def test_the_animation_of_many_epochs_ends_with_the_last(tmp_path):
+    """130 epochs, of which every second is shown."""
+    (tmp_path / "samples").mkdir()
+    for i in range(130):
+        Image.new("L", (32, 32), 255 if i == 129 else i).save(tmp_path / "samples" / f"epoch_{i + 1:04d}.png")
+    pictures = torch.zeros(64, 3, 32, 32, dtype=torch.uint8)
+    dcgan.draw_run(tmp_path, [[10, 1, 1, 80, 0, 0, 0, 0], [20, 1, 2, 160, 0, 0, 0, 0]], pictures, pictures)
+    film = Image.open(tmp_path / "evolution.gif")
+    assert film.n_frames == 65
+    film.seek(64)
+    assert film.convert("L").getpixel((5, 5)) > 250
+
+
 def test_metrics_are_the_means_of_ten_steps(root, tmp_path, monkeypatch):
     stand_in(monkeypatch, dcgan)
     dcgan.main(flags(dcgan, root, tmp_path, "--steps", 23))
