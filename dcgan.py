@@ -95,15 +95,29 @@ def make_networks(args):
     return G, D
 
 # %% Losses and one training step
-def train_step(nets, args, view, real, z):
+def augment(x, uniform):
+    """Differentiable augmentation (Zhao et al. 2020) of N,C,H,W: colour, shift and cutout by uniform, N,7."""
+    (n, _, h, w), u = x.shape, uniform[:, :, None, None, None].unbind(1)  # u: 7 of N,1,1,1
+    x = x + u[0] - 0.5  # brightness
+    x = torch.lerp(x.mean(1, keepdim=True), x, 2 * u[1])  # saturation
+    x = torch.lerp(x.mean((1, 2, 3), keepdim=True), x, u[2] + 0.5)  # contrast
+    down, right = torch.arange(h, device=x.device)[:, None], torch.arange(w, device=x.device)
+    hole = ((down / h - u[5]).abs() < 0.25) & ((right / w - u[6]).abs() < 0.25)
+    x = F.pad(x.masked_fill(hole, 0.0), (w // 8, w // 8, h // 8, h // 8))
+    down = down + (u[3][:, 0] * (2 * (h // 8) + 1)).long()  # N,H,1
+    right = right + (u[4][:, 0] * (2 * (w // 8) + 1)).long()  # N,1,W
+    return x[torch.arange(n, device=x.device)[:, None, None], :, down, right].permute(0, 3, 1, 2)
+
+def train_step(nets, args, real, z):
     """A step of both networks on real pictures (N,3,64,64) and z (N,100); it never waits for the GPU.
 
-    `view` augments what is generated, as it did what is real. Returns the losses, and the logits of both.
+    With --augment the discriminator sees changed views of all pictures. Returns the losses, and its logits.
     """
+    view = functools.partial(augment, uniform=nets.uniform) if args.augment else nn.Identity()
     nets.D.requires_grad_(True)
     with nets.autocast():
         fake = nets.G(z)
-        real_logit, fake_logit = nets.D(real).float(), nets.D(view(fake.detach())).float()
+        real_logit, fake_logit = nets.D(view(real)).float(), nets.D(view(fake.detach())).float()
     loss_d = (F.softplus(-real_logit) + F.softplus(fake_logit)).mean()  # -log D(x) - log(1 - D(G(z)))
     optimise(nets, loss_d, nets.opt_d)
     nets.D.requires_grad_(False)
@@ -160,8 +174,11 @@ def find_pictures(data, root):
         if not any(glob.glob(place, recursive=True) for place in places):
             torchvision.datasets.CelebA(root, download=True)
         path = Path(next(file for place in places for file in glob.glob(place, recursive=True)))
-    if path.is_dir():  # links to files are followed, those to folders are not: they can lead back up
-        names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+    if path.is_dir():
+        names = [file.relative_to(path).as_posix() for file in path.rglob("*")]
+        links = [n for n in names if (path / n).is_symlink() and (path / n).is_dir()]
+        if links: print(f"links to folders are not followed, as they can lead back up: {', '.join(links)}")
+        names = [n for n in names if (path / n).is_file()]
         return names, lambda n: (path / n).stat().st_mtime_ns, lambda n: Image.open(path / n)
     archive = zipfile.ZipFile(path)
     return archive.namelist(), lambda n: archive.getinfo(n).CRC, lambda n: Image.open(archive.open(n))
@@ -198,7 +215,9 @@ def load_pack(args):
 
     def decode(name):
         try:
-            return square(open_picture(name), args.size, args.channels).tobytes()
+            image = open_picture(name)
+            assert image.format != "TIFF" or image.n_frames == 1, f"it has {image.n_frames} pages"
+            return square(image, args.size, args.channels).tobytes()
         except Exception as error:  # no picture, or a broken one, which can raise anything
             left_out[name] = str(error)
             return b""
@@ -227,19 +246,6 @@ def batches(arrays, args, device, rank, world, step):
         order = torch.from_numpy(order.reshape(steps, world, size)[:, rank]).to(arrays[0].device)
         yield from ([array[numbers].to(device) for array in arrays] for numbers in order[step % steps :])
         step = 0
-
-def augment(x, uniform):
-    """Differentiable augmentation (Zhao et al. 2020) of N,C,H,W: colour, shift and cutout by uniform, N,7."""
-    (n, _, h, w), u = x.shape, uniform[:, :, None, None, None].unbind(1)  # u: 7 of N,1,1,1
-    x = x + u[0] - 0.5  # brightness
-    x = torch.lerp(x.mean(1, keepdim=True), x, 2 * u[1])  # saturation
-    x = torch.lerp(x.mean((1, 2, 3), keepdim=True), x, u[2] + 0.5)  # contrast
-    down, right = torch.arange(h, device=x.device)[:, None], torch.arange(w, device=x.device)
-    hole = ((down / h - u[5]).abs() < 0.25) & ((right / w - u[6]).abs() < 0.25)
-    x = F.pad(x.masked_fill(hole, 0.0), (w // 8, w // 8, h // 8, h // 8))
-    down = down + (u[3][:, 0] * (2 * (h // 8) + 1)).long()  # N,H,1
-    right = right + (u[4][:, 0] * (2 * (w // 8) + 1)).long()  # N,1,W
-    return x[torch.arange(n, device=x.device)[:, None, None], :, down, right].permute(0, 3, 1, 2)
 
 # %% Pictures out
 def write(path, make):
@@ -326,16 +332,16 @@ def pick_device(args):
     """(device, precision) by the flags; where they are auto, the fastest that this machine has."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = torch.device(best if args.device == "auto" else args.device)
+    cpu = set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").exists() else set()
+    fast = "bf16" if "amx_bf16" in cpu or {"avx512_bf16", "AuthenticAMD"} <= cpu else "fp32"
     try:
-        if device.type == "cuda": torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_stream(torch.cuda.Stream())  # a graph cannot be captured on the default one
+            fast = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
         torch.ones(8, device=device).mul(2).tolist()  # a GPU that this torch has no kernels for fails here
     except Exception as error:
         fail(f"torch {torch.__version__} cannot use {device}: try --device cpu ({error})")
-    cpu = set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").exists() else set()
-    fast = "bf16" if "amx_bf16" in cpu or {"avx512_bf16", "AuthenticAMD"} <= cpu else "fp32"
-    if device.type == "cuda":
-        torch.cuda.set_stream(torch.cuda.Stream())  # a graph cannot be captured on the default one
-        fast = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
     return device, fast if args.precision == "auto" else args.precision
 
 def optimise(nets, loss, optimiser):
@@ -356,9 +362,11 @@ def train(args, saved):
     # Pictures
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=3))
-        if rank == 0: load_pack(args)  # the other processes wait until this one has packed them
+    if rank:  # waits until the first process has packed the pictures, and leaves talking to it
+        sys.stdout = open(os.devnull, "w")
         dist.barrier()
     pack, names = load_pack(args)
+    if world > 1 and rank == 0: dist.barrier()
     images = args.batch_size * world  # of a step
     steps = len(pack) // images  # of an epoch
     args.used = dict(pictures=len(pack), processes=world, device=str(device), precision=precision,
@@ -393,8 +401,8 @@ def train(args, saved):
     def iterate(at, uniform, z, real, *labels):  # a step, its metrics and the average
         real = real.permute(0, 3, 1, 2).float() / 127.5 - 1  # N,C,H,W, channels_last
         if args.flip: real = torch.where(uniform[:, :1, None, None] < 0.5, real.flip(3), real)
-        view = functools.partial(augment, uniform=uniform[:, 1:]) if args.augment else nn.Identity()
-        loss_d, loss_g, *logits = train_step(nets, args, view, view(real), z, *labels)
+        nets.uniform = uniform[:, 1:]  # N,7, for what else a step does by chance
+        loss_d, loss_g, *logits = train_step(nets, args, real, z, *labels)
         sums.add_(torch.stack([loss_d, loss_g, *(logit.sigmoid().mean() for logit in logits)]).detach())
         weight = 1 - torch.clamp(0.5 ** (10 / at), max=args.ema)  # a half-life of a tenth of the steps so far
         for average, value in zip(nets.ema.state_dict().values(), G.state_dict().values()):
@@ -402,16 +410,12 @@ def train(args, saved):
     # Run folder
     if rank == 0:
         print(*(f"{name} {value}" for name, value in args.used.items()), f"into {out}", sep="; ", flush=True)
-        try:
-            if args.logger == "wandb":  # which takes all that TensorBoard's writer is given
-                import wandb
-                wandb.init(project=SCRIPT, id=args.id, resume="allow", config=vars(args),
-                           sync_tensorboard=True)
-            if args.logger:
-                from torch.utils.tensorboard import SummaryWriter
-                writer = SummaryWriter(out / "tensorboard")
-        except Exception as error:  # not installed, no key, no network
-            fail(f"--logger {args.logger}: {error}")
+        if args.logger == "wandb":  # which takes all that TensorBoard's writer is given
+            import wandb
+            wandb.init(project=SCRIPT, id=args.id, resume="allow", config=vars(args), sync_tensorboard=True)
+        if args.logger:
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(out / "tensorboard")
         write(out / "config.json", lambda part: part.write_text(json.dumps(vars(args), indent=2)))
     # Steps
     own = torch.default_generator if device.type == "cpu" else getattr(torch, device.type)  # random numbers
@@ -478,6 +482,7 @@ def parse(argv):
     add("--channels", type=int, choices=(1, 3), default=3, help="1 is grey, 3 is RGB (3)")
     add("--width", type=int, default=64, help="channels beside the picture, all others in proportion (64)")
     add("--data", default="synthetic", help="synthetic, mnist, fashion, celeba, a folder or .zip (synthetic)")
+    add("--augment", action=switch, help="differentiable augmentation (under 10,000 pictures; classic: off)")
     fixed = "recipe", "size", "channels", "width", "batch_size"  # of a checkpoint
     # --- shared: command line ---
     add("--root", default="data", help="folder of the named sets and of decoded pictures (data)")
@@ -489,7 +494,6 @@ def parse(argv):
     add("--d-lr", type=float, help="and for the discriminator (by recipe)")
     add("--betas", type=float, nargs=2, help="Adam's (by recipe)")
     add("--ema", type=float, help="decay a step of the averaged generator, 0 is none (by recipe)")
-    add("--augment", action=switch, help="differentiable augmentation (for small sets)")
     add("--flip", action=switch, help="mirror half of the pictures (by recipe)")
     add("--seed", type=lambda text: int(text) % 2**63, default=0, help="of all that is drawn by chance (0)")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
@@ -504,6 +508,7 @@ def parse(argv):
     add("--save", default="generated.npz", help="of --generate: .npz, .png or folder (generated.npz)")
     given, saved, kept = parser.parse_args(argv), None, {}
     path = Path(given.checkpoint or f"{given.out}/checkpoint.pt")
+    if given.resume and not path.exists(): print(f"there is no {path} to go on from: a new run begins")
     if given.generate or (given.resume and path.exists()):
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)

@@ -135,7 +135,7 @@ def time_ours(script, flags, steps, report):
         pick = np.arange(max(len(pack), args.batch_size * world * (11 + (steps or 50)))) % len(pack)
         return (pack, names) if len(pick) == len(pack) else (pack[pick], [names[i] for i in pick])
     script.batches, script.load_pack = timed_batches, repeated
-    script.main([*flags, "--no-augment", "--save-every", "1000"])
+    script.main([*flags, *["--no-augment"] * (script.SCRIPT == "dcgan"), "--save-every", "1000"])
 
 def as_usual(script, network):
     """The network as the DCGAN example would write it: torch's batch norm, activations in place."""

@@ -213,8 +213,8 @@ def test_nothing_is_said_when_all_can_be_read(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_each_folder_is_taken_once_whatever_links_lead_back_up(tmp_path):
-    """Links to folders are not followed, up, to itself, to a neighbour or to nothing; to files they are."""
+def test_each_folder_is_taken_once_whatever_links_lead_back_up(tmp_path, capsys):
+    """Links to folders, up, to itself, to a neighbour, are named and not followed; those to files are."""
     folder = tree(tmp_path / "set", "a/1.png a/2.png b/3.png")
     elsewhere = tree(tmp_path / "elsewhere", "4.png")
     for link, to in (("a/up", folder), ("a/self", folder / "a"), ("again", folder / "b"),
@@ -222,6 +222,23 @@ def test_each_folder_is_taken_once_whatever_links_lead_back_up(tmp_path):
                      ("b/4.png", elsewhere / "4.png"), ("b/gone.png", tmp_path / "gone.png")):
         (folder / link).symlink_to(to)
     assert load(folder, tmp_path / "root")[1] == ["a/1.png", "a/2.png", "b/3.png", "b/4.png"]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "not followed" in line and {"a/up", "a/self", "again"} == set(line.split(": ")[1].split(", "))
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_a_tiff_of_several_pages_is_left_out_and_others_are_not(kind, tmp_path, capsys):
+    """Its first page alone would be a silent loss; of an animation the first frame is the picture it is known by."""
+    folder, page = tmp_path / "set", Image.new("RGB", (40, 40), RED)
+    folder.mkdir()
+    for name, pages in ("one.tif", 1), ("two.tif", 2), ("five.tiff", 5), ("film.gif", 3), ("film.webp", 2):
+        others = [Image.new("RGB", (40, 40), (9 * i, 99, 0)) for i in range(1, pages)]
+        page.save(folder / name, save_all=True, append_images=others)
+    _, names = load(zipped(folder) if kind == "zip" else folder, tmp_path / "root")
+    assert names == ["film.gif", "film.webp", "one.tif"]
+    (report,) = (tmp_path / "root" / ".packed").glob("*.json")
+    assert json.loads(report.read_text()) == {"two.tif": "it has 2 pages", "five.tiff": "it has 5 pages"}
+    assert "'.tif': 1" in capsys.readouterr().out
 
 
 def test_a_zip_packed_otherwise_is_left_out_with_the_reason(tmp_path):

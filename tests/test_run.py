@@ -56,7 +56,7 @@ def same_run(a, b):
 
 def stand_in(monkeypatch, script, loss=lambda step: float(step), act=lambda step: None):
     """A train_step that learns nothing: its losses are loss(step) and -loss(step), its logits 1 and -1."""
-    def step(nets, args, view, real, z, *labels):
+    def step(nets, args, real, z, *labels):
         steps.append(len(steps) + 1)
         act(steps[-1])
         value = torch.tensor(loss(steps[-1]))
@@ -81,7 +81,7 @@ def test_a_run_leaves_the_whole_folder(script, root, tmp_path, capsys):
     config = json.loads((out / "config.json").read_text())
     used = config["used"]
     assert config["width"] == script.parse(TINY[script])[0].width
-    assert config["augment"] is True and config["seed"] == 0
+    assert config["seed"] == 0 and (script is not dcgan or config["augment"] is True)
     assert (used["pictures"], used["processes"], used["device"], used["precision"]) == (40, 1, "cpu", "fp32")
     assert used["torch"] == torch.__version__ and used["gan_ops"] == script.GAN_OPS and "python" in used
     said = capsys.readouterr().out
@@ -155,9 +155,11 @@ def test_a_run_in_parts_is_the_whole_run_bit_for_bit(kind, root, tmp_path, monke
     same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_resuming_where_there_is_nothing_yet_starts(root, tmp_path):
-    dcgan.main(flags(dcgan, root, tmp_path / "run", "--steps", 1, "--resume"))
-    assert load(tmp_path / "run" / "checkpoint.pt")["step"] == 1
+def test_resuming_where_there_is_nothing_yet_starts_and_says_so(root, tmp_path, capsys):
+    for steps, said in (1, True), (2, False):
+        dcgan.main(flags(dcgan, root, tmp_path / "run", "--steps", steps, "--resume"))
+        assert load(tmp_path / "run" / "checkpoint.pt")["step"] == steps
+        assert ("a new run begins" in capsys.readouterr().out) == said
 
 
 def test_a_second_run_does_not_take_the_place_of_the_first(script, trained, root, fails):
@@ -449,8 +451,7 @@ def test_a_logger_that_cannot_begin_ends_in_one_line_before_there_is_a_run_folde
     monkeypatch.setitem(sys.modules, module or "wandb", None if module else wandb)
     line = fails(fashion_keras_port, *flags(fashion_keras_port, root, tmp_path / "run", "--logger", logger,
                                             "--steps", 1))
-    assert f"--logger {logger}" in line and (module
-                                             or "no API key") in line and not (tmp_path / "run").exists()
+    assert (module or "no API key") in line and not (tmp_path / "run").exists()
 
 
 def test_what_a_library_raises_is_one_line_and_its_traceback_is_there_for_the_asking(root, tmp_path,

@@ -658,6 +658,20 @@ def test_a_file_that_cannot_be_read(part, text, files, tmp_path, capsys):
     assert "nowhere.keras" in refused(capsys, tmp_path, tmp_path / "nowhere.keras")
 
 
+@pytest.mark.parametrize("version", ["2.15.0", "2.4.0-tf", "1.2.2", "3.0.0"])
+def test_a_file_of_keras_2_says_what_works(version, files, tmp_path, capsys):
+    """With Keras 2's layers, which name the slope alpha; the same layers of Keras 3 are read."""
+    def older(name, data):
+        if name == "metadata.json": return json.dumps(dict(json.loads(data), keras_version=version))
+        return data.replace(b"negative_slope", b"alpha") if version[0] < "3" and name == "config.json" else data
+    path = edited(files / "g.keras", tmp_path / "g.keras", older)
+    if version[0] == "3":
+        export.main(["--from", str(path), "--to", str(tmp_path / "models.pth")])
+        return
+    line = refused(capsys, tmp_path, path)
+    assert f"Keras {version}" in line and ".h5" in line and "Keras 3" in line
+
+
 def test_a_lambda_is_not_run(tmp_path, capsys, monkeypatch):
     """It would have been: Keras, told to trust the file, runs it."""
     monkeypatch.chdir(tmp_path)
@@ -806,3 +820,14 @@ def test_a_table_shows_real_early_and_late_pictures_of_each_run(runs, tmp_path, 
     assert shown[2][1].getpixel((50, 50)) == (255, 0, 0) and shown[0][1].size == (4 * 34 + 2,) * 2
     assert shown[3][1].size == (5 * 30 + 2,) * 2
     assert "no run folder" in error(capsys, explore, "table", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["łąka", "кошки", "猫", "ไทย", "🐱"])
+def test_a_table_names_runs_in_letters_that_a_font_has_or_by_number(name, runs, tmp_path, monkeypatch, recwarn):
+    shown = []
+    monkeypatch.setattr("matplotlib.axes.Axes.imshow", lambda axes, image: shown.append(axes.get_title()))
+    run = shutil.copytree(runs["dcgan"], tmp_path / name)
+    explore.main(["table", str(runs["style"]), str(run), "--save", str(tmp_path / "t.png")])
+    titles = {title.split(",")[0] for title in shown}
+    assert titles == {"style", name if explore.font_for(name) else "run 2"}
+    assert explore.font_for("łąka") and not [w for w in recwarn if "lyph" in str(w.message)]

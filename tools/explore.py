@@ -48,12 +48,21 @@ def classes(options):
     script.write(path, script.to_grid(script.sample(generator, z), len(names)).save)
     print(f"{options.count} noises through {', '.join(names)}: {path}")
 
+def font_for(text):
+    """The file of an installed font that has all characters of `text`, as matplotlib's own has few; or None."""
+    from matplotlib import font_manager, ft2font
+    fonts = [font_manager.findfont("DejaVu Sans"), *(font.fname for font in font_manager.fontManager.ttflist)]
+    fonts = [file for file in fonts if "LastResort" not in file]  # which has a box for each character
+    has = (Path(file) for file in fonts if all(map(ft2font.FT2Font(file).get_char_index, map(ord, text))))
+    return next(has, None)
+
 def table(options):
     """A row for each run folder: real pictures, and generated ones early and late, of the same noise."""
     from matplotlib.figure import Figure  # here, as it takes half a second
     path = options.save or Path("table.png")
     figure = Figure(figsize=(9.6, 3.4 * len(options.runs)), layout="constrained")
-    for run, row in zip(options.runs, figure.subplots(len(options.runs), 3, squeeze=False)):
+    rows = figure.subplots(len(options.runs), 3, squeeze=False)
+    for number, (run, row) in enumerate(zip(options.runs, rows), 1):
         files = sorted(Path(run, "samples").glob("epoch_*.png"))
         if not files or not Path(run, "comparison.png").exists():
             fail(f"{run} is no run folder with samples and a comparison.png, which a run makes as it ends")
@@ -62,7 +71,10 @@ def table(options):
         shown = dict(real=Path(run, "comparison.png"), early=early, late=late)
         for axes, (kind, file) in zip(row, shown.items()):
             title = kind if kind == "real" else f"epoch {int(file.stem[6:])}"
-            axes.set(title=f"{Path(run).resolve().name}, {title}", xticks=[], yticks=[])
+            name = Path(run).resolve().name
+            font = font_for(name)
+            axes.set_title(f"{name if font else f'run {number}'}, {title}", font=font)
+            axes.set(xticks=[], yticks=[])
             axes.imshow(Image.open(file).crop((0, 0, side, side)))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

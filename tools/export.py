@@ -79,10 +79,13 @@ def load_keras(path):
             raise ValueError("its name does not end in .keras")
         with zipfile.ZipFile(path) as archive:
             config = json.loads(archive.read("config.json"))
+            version = json.loads(archive.read("metadata.json"))["keras_version"]
         config.pop("compile_config", None)  # how it was trained; with compile=False Keras leaves it out too
         parts = list(named_classes(config))
     except Exception as error:  # a missing, foreign or broken file can raise anything
-        fail(f"{path} is no .keras file, or cut short ({error}): model.save('x.keras') writes one")
+        fail(f"{path} is no .keras file, or cut short ({error}): Keras 3 writes one, model.save('x.keras')")
+    if str(version).split(".")[0] in "12":
+        fail(f"{path} is of Keras {version}: save it there as .h5, load that in Keras 3 and save it as .keras")
     for module, name, registered in parts:
         initialiser = module == "keras.initializers" and name[:1].isupper()
         known = initialiser or name in KERAS_CLASSES and module.split(".")[0] == "keras"
