@@ -355,7 +355,7 @@ def draw_picture(index):
     return image.rotate(rng.uniform(-6, 6), Image.BILINEAR)
 
 def settle(args, pack, names):
-    """What the flags left open, now that the pictures are known; returns what a step needs besides them."""
+    """What the flags left open, now that the pictures are known; returns labels beside them, if any."""
     return [labels_of(args, names)] if args.conditional else []
 
 def draw_z(args, count):
@@ -510,7 +510,7 @@ def settle_norms(generator, z):
     weights are not the average of the others'."""
     norms = [module for module in generator.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for norm in norms: norm.train().reset_running_stats()
-    for i in range(4):  # a quarter of each class
+    for i in range(4):  # every fourth of z, so that each batch has all classes where there are some
         for norm in norms: norm.momentum = 1 / (i + 1)
         generator(z[i::4].to(next(generator.parameters()).device))
     generator.eval()
@@ -647,7 +647,7 @@ def train(args, saved):
     def iterate(at, uniform, z, real, *labels):  # a step, its metrics and the average
         real = real.permute(0, 3, 1, 2).float() / 127.5 - 1  # N,C,H,W, channels_last
         if args.flip: real = torch.where(uniform[:, :1, None, None] < 0.5, real.flip(3), real)
-        nets.uniform = uniform[:, 1:]  # N,7, for what else a step does by chance
+        nets.uniform = uniform[:, 1:]  # N,7, for train_step
         loss_d, loss_g, *logits = train_step(nets, args, real, z, *labels)
         sums.add_(torch.stack([loss_d, loss_g, *(logit.sigmoid().mean() for logit in logits)]).detach())
         weight = 1 - torch.clamp(0.5 ** (10 / at), max=args.ema)  # a half-life of a tenth of the steps so far
@@ -667,13 +667,13 @@ def train(args, saved):
     own = torch.default_generator if device.type == "cpu" else getattr(torch, device.type)  # random numbers
     real = torch.from_numpy(pack[np.linspace(0, len(pack) - 1, PER_ROW**2).astype(int)]).permute(0, 3, 1, 2)
     source, fixed = batches(arrays, args, device, rank, world, start), draw_z(args, PER_ROW**2)
-    graph, warned, caught, stop = None, set(), [], False
+    graph, warned, caught, stop, step = None, set(), [], False, start
     for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():  # others get none
         signal.signal(number, lambda number, frame: caught.append(number))
     for step in (bar := tqdm(range(start + 1, last + 1), SCRIPT, last, initial=start, disable=rank > 0)):
         own.manual_seed((args.seed * 1_000_003 + step) % 2**63)  # what is drawn follows from seed and step
-        z, uniform = torch.randn(images, Z, device=device), torch.rand(images, 8, device=device)
-        if rank: own.manual_seed(own.initial_seed() + (rank << 40))  # the networks' own draws differ
+        z, uniform = torch.randn(images, Z, device=device), torch.rand(images, 8, device=device)  # 1 to flip
+        if rank: own.manual_seed(own.initial_seed() + (rank << 40))  # dropout, noise in networks differ
         inputs = [torch.full((), step, device=device), uniform.chunk(world)[rank], z.chunk(world)[rank]]
         inputs += next(source)
         if device.type == "cuda" and precision != "fp16" and step == start + 4:  # three to warm up
