@@ -28,9 +28,9 @@ from tqdm.auto import tqdm
 SCRIPT, Z, PER_ROW, Optimiser = "cspup128", 100, 8, torch.optim.Adam  # noise; pictures in a row of samples
 RECIPES = {  # the one found to converge, and the slides with nothing added; a flag given by hand wins
     "stable": dict(loss="relativistic", gamma=10.0, up="mixed", slope=0.2, lr=4e-4, d_lr=4e-4,
-                   betas=[0.0, 0.99], ema=0.999, flip=True),
-    "exact": dict(loss="bce", gamma=0.0, up="deconv", slope=0.0, lr=2e-4, d_lr=2e-4, betas=[0.5, 0.999],
-                  ema=0.999, flip=True)}
+                   fall=1e9, betas=[0.0, 0.99], ema=0.999, flip=True),
+    "exact": dict(loss="bce", gamma=0.0, up="deconv", slope=0.0, lr=2e-4, d_lr=2e-4, fall=1e9,
+                  betas=[0.5, 0.999], ema=0.999, flip=True)}
 
 # --- shared: fused ---
 try:  # the extension of this repository: optional, and a build for another torch can fail in any way
@@ -473,7 +473,7 @@ def train(args, saved):
     sums, rows, start, began = torch.zeros(4, device=device), [], 0, time.monotonic()  # sums of COLUMNS[4:]
     if saved:
         for name, part in parts.items(): part.load_state_dict(saved[name])
-        for opt, lr in (opt_g, args.lr), (opt_d, args.d_lr): opt.param_groups[0].update(adam, lr=lr)
+        for opt in opt_g, opt_d: opt.param_groups[0].update(adam)
         sums.copy_(saved["sums"])
         start, began = saved["step"], began - saved["rows"][-1, 2].item()
         rows = [row for row in saved["rows"].tolist() if row[0] % LOG_EVERY == 0 or start >= last]
@@ -482,6 +482,8 @@ def train(args, saved):
         real = real.permute(0, 3, 1, 2).float() / 127.5 - 1  # N,C,H,W, channels_last
         if args.flip: real = torch.where(uniform[:, :1, None, None] < 0.5, real.flip(3), real)
         nets.uniform = uniform[:, 1:]  # N,7, for train_step
+        for opt, lr in (opt_g, args.lr), (opt_d, args.d_lr):  # tensors, as a CUDA graph keeps a plain number
+            opt.param_groups[0]["lr"] = lr * torch.clamp(args.fall / at, max=1.0).sqrt()
         loss_d, loss_g, *logits = train_step(nets, args, real, z, *labels)
         sums.add_(torch.stack([loss_d, loss_g, *(logit.sigmoid().mean() for logit in logits)]).detach())
         weight = 1 - torch.clamp(0.5 ** (10 / at), max=args.ema)  # a half-life of a tenth of the steps so far
@@ -576,6 +578,7 @@ def parse(argv):
     add("--batch-size", type=int, default=64, help="pictures a step, in each process (64)")
     add("--lr", type=float, help="Adam's learning rate for the generator (by recipe)")
     add("--d-lr", type=float, help="and for the discriminator (by recipe)")
+    add("--fall", type=float, help="steps from which on both fall with the root of the steps (by recipe)")
     add("--betas", type=float, nargs=2, help="Adam's (by recipe)")
     add("--ema", type=float, help="decay a step of the averaged generator, 0 is none (by recipe)")
     add("--flip", action=switch, help="mirror half of the pictures (by recipe)")
@@ -603,7 +606,7 @@ def parse(argv):
         if given.epochs or given.steps: kept.update(epochs=None, steps=None)  # a new end, no second one
     parser.set_defaults(**dict(RECIPES[given.recipe], script=SCRIPT, id=f"{SCRIPT}-{time.time():.0f}") | kept)
     args = parser.parse_args(argv)
-    for name in "epochs", "steps", "batch_size", "width", "generate":
+    for name in "epochs", "steps", "batch_size", "width", "fall", "generate":
         if (value := getattr(args, name)) is not None and value < 1: fail(f"--{name} {value}: at least 1")
     if saved and any(kept[name] != getattr(args, name) for name in fixed):
         fail(f"{path} is of another --{', --'.join(fixed).replace('_', '-')}: leave them out")

@@ -234,7 +234,7 @@ class Optimiser(torch.optim.Adam):
 
     def __init__(self, parameters, lr, **options):
         super().__init__(parameters, lr, eps=1e-7, **options)
-        self.rate, group = lr, self.param_groups[0]
+        group = self.param_groups[0]
         for p in group["params"]:
             count = torch.tensor(float(self.OFFSET), device=p.device if group["fused"] else "cpu")
             self.state[p] = dict(step=count, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
@@ -245,8 +245,10 @@ class Optimiser(torch.optim.Adam):
         beta1, beta2 = group["betas"]
         count = self.state[group["params"][0]]["step"] + 1 - self.OFFSET
         if not group["capturable"]: count = count.item()  # on the CPU, where a plain number is quicker
-        group["lr"] = self.rate * (1 - beta2**count) ** 0.5 / (1 - beta1**count)
-        return super().step(closure)
+        rate = group["lr"]
+        group["lr"] = rate * (1 - beta2**count) ** 0.5 / (1 - beta1**count)
+        super().step(closure)
+        group["lr"] = rate
 
 # %% [markdown]
 # ## The two losses, and why labels are flipped
@@ -639,7 +641,7 @@ def train(args, saved):
     sums, rows, start, began = torch.zeros(4, device=device), [], 0, time.monotonic()  # sums of COLUMNS[4:]
     if saved:
         for name, part in parts.items(): part.load_state_dict(saved[name])
-        for opt, lr in (opt_g, args.lr), (opt_d, args.d_lr): opt.param_groups[0].update(adam, lr=lr)
+        for opt in opt_g, opt_d: opt.param_groups[0].update(adam)
         sums.copy_(saved["sums"])
         start, began = saved["step"], began - saved["rows"][-1, 2].item()
         rows = [row for row in saved["rows"].tolist() if row[0] % LOG_EVERY == 0 or start >= last]
@@ -648,6 +650,8 @@ def train(args, saved):
         real = real.permute(0, 3, 1, 2).float() / 127.5 - 1  # N,C,H,W, channels_last
         if args.flip: real = torch.where(uniform[:, :1, None, None] < 0.5, real.flip(3), real)
         nets.uniform = uniform[:, 1:]  # N,7, for train_step
+        for opt, lr in (opt_g, args.lr), (opt_d, args.d_lr):  # tensors, as a CUDA graph keeps a plain number
+            opt.param_groups[0]["lr"] = lr * torch.clamp(args.fall / at, max=1.0).sqrt()
         loss_d, loss_g, *logits = train_step(nets, args, real, z, *labels)
         sums.add_(torch.stack([loss_d, loss_g, *(logit.sigmoid().mean() for logit in logits)]).detach())
         weight = 1 - torch.clamp(0.5 ** (10 / at), max=args.ema)  # a half-life of a tenth of the steps so far
@@ -730,7 +734,7 @@ def parse(argv):
     add("--width", type=int, help="of the narrowest layer (256; dcgan, style: 16)")
     add("--labels", help="with --generate: the classes wanted, by number or name, as Bag,3 (all)")
     add("--data", default="fashion", help="fashion, mnist, synthetic, a folder or .zip (fashion)")
-    parser.set_defaults(size=28, channels=1, names=None, flip=False)
+    parser.set_defaults(size=28, channels=1, names=None, flip=False, fall=1e9)
     fixed = "recipe", "conditional", "loss", "gamma", "width", "batch_size"  # of a checkpoint
     # --- shared: command line ---
     add("--root", default="data", help="folder of the named sets and of decoded pictures (data)")
@@ -740,6 +744,7 @@ def parse(argv):
     add("--batch-size", type=int, default=64, help="pictures a step, in each process (64)")
     add("--lr", type=float, help="Adam's learning rate for the generator (by recipe)")
     add("--d-lr", type=float, help="and for the discriminator (by recipe)")
+    add("--fall", type=float, help="steps from which on both fall with the root of the steps (by recipe)")
     add("--betas", type=float, nargs=2, help="Adam's (by recipe)")
     add("--ema", type=float, help="decay a step of the averaged generator, 0 is none (by recipe)")
     add("--flip", action=switch, help="mirror half of the pictures (by recipe)")
@@ -767,7 +772,7 @@ def parse(argv):
         if given.epochs or given.steps: kept.update(epochs=None, steps=None)  # a new end, no second one
     parser.set_defaults(**dict(RECIPES[given.recipe], script=SCRIPT, id=f"{SCRIPT}-{time.time():.0f}") | kept)
     args = parser.parse_args(argv)
-    for name in "epochs", "steps", "batch_size", "width", "generate":
+    for name in "epochs", "steps", "batch_size", "width", "fall", "generate":
         if (value := getattr(args, name)) is not None and value < 1: fail(f"--{name} {value}: at least 1")
     if saved and any(kept[name] != getattr(args, name) for name in fixed):
         fail(f"{path} is of another --{', --'.join(fixed).replace('_', '-')}: leave them out")

@@ -226,13 +226,28 @@ def test_two_learning_rates_and_betas_reach_the_optimisers(script, root, tmp_pat
     saved = load(tmp_path / "checkpoint.pt")
     groups = [saved[name]["param_groups"][0] for name in ("opt_g", "opt_d")]
     assert [list(group["betas"]) for group in groups] == [[0.4, 0.9]] * 2
-    if script is not fashion_keras_port:  # whose Adam has the bias correction in it
-        assert [group["lr"] for group in groups] == [0.003, 0.004]
+    assert [float(group["lr"]) for group in groups] == pytest.approx([0.003, 0.004])
     script.main(["--resume", "--out", str(tmp_path), "--steps", "2", "--lr", "0.0"])
     before, after = saved, load(tmp_path / "checkpoint.pt")
     weights = [name for name in before["G"] if name.endswith(("weight", "bias"))]
     assert all(torch.equal(before["G"][name], after["G"][name]) for name in weights)  # a flag given wins
     assert any(not torch.equal(before["D"][name], after["D"][name]) for name in after["D"])
+
+
+def test_learning_rates_fall_with_the_root_of_the_steps(script, root, tmp_path):
+    """From --fall on; until then they stay, and so does what the run comes to."""
+    ends = {}
+    for fall in 1, 4, 1e9:
+        script.main(flags(script, root, tmp_path / str(fall), "--steps", 4, "--fall", fall, "--lr", 0.004,
+                          "--d-lr", 0.002))
+        ends[fall] = load(tmp_path / str(fall) / "checkpoint.pt")
+        share = min(fall / 4, 1) ** 0.5
+        rates = [float(ends[fall][name]["param_groups"][0]["lr"]) for name in ("opt_g", "opt_d")]
+        assert rates == pytest.approx([0.004 * share, 0.002 * share])
+    for name in "G", "D":
+        same, slower = ({k: torch.equal(v, ends[4][name][k]) for k, v in ends[fall][name].items()}
+                        for fall in (1e9, 1))
+        assert all(same.values()) and not all(slower[k] for k in slower if "weight" in k)
 
 
 def test_the_average_follows_the_generator(script, root, tmp_path):
