@@ -378,7 +378,7 @@ def worries(rows, fake, real):
     ahead = np.array([row[6] - row[7] for row in rows[-20:]])  # D(x) - D(G(z)) over 200 steps
     if len(rows) >= 20 and (ahead.min() > 0.95 or ahead.mean() < 0.002):
         state, other = ("won", "lower") if ahead.mean() > 0.5 else ("been no better than chance", "higher")
-        yield f"the discriminator has {state} for 200 steps: a {other} --d-lr may help, or --augment"
+        yield f"the discriminator has {state} for 200 steps: a {other} --d-lr may help"
     if real.float().std() < 8: yield "the pictures of --data are nearly all of one colour, or black"
     flat = [F.adaptive_avg_pool2d(images.float(), 16).flatten(1) for images in (fake, real)]
     near = [torch.cdist(x, x).fill_diagonal_(math.inf).amin(1).median().item() for x in flat]
