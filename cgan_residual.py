@@ -412,13 +412,14 @@ def train(args, saved):
     if world > 1 and rank == 0: dist.barrier()
     images = args.batch_size * world  # of a step
     steps = len(pack) // images  # of an epoch
-    args.used = dict(pictures=len(pack), processes=world, device=str(device), precision=precision,
-                     torch=str(torch.__version__), python=sys.version.split()[0],
+    args.used = dict(pictures=len(pack), set=f"{zlib.crc32(repr(names).encode()):08x}", processes=world,
+                     device=str(device), precision=precision, torch=str(torch.__version__),
+                     python=sys.version.split()[0],
                      gan_ops="does not serve: --no-fused" if args.no_fused else GAN_OPS)
     if steps == 0: fail(f"{len(pack)} pictures are too few for a batch of {images}: a smaller --batch-size")
-    for name in ("pictures", "processes") if saved else ():
-        was, now = saved["config"]["used"][name], args.used[name]
-        if was != now: fail(f"{out} had {was} {name}, now there are {now}: take another --out")
+    for name in ("pictures", "set", "processes") if saved else ():  # set: of their names, whatever the folder
+        was, now = saved["config"]["used"].get(name), args.used[name]
+        if was not in (now, None): fail(f"{out} began with {name} {was}, now it is {now}: take another --out")
     arrays = [pack, *settle(args, pack, names)]
     last = min(filter(None, (args.steps, (args.epochs or 0) * steps)), default=max(20 * steps, 5000))
     # Networks, average, optimisers

@@ -191,8 +191,7 @@ def test_a_run_killed_before_its_last_pictures_has_them_when_resumed(root, tmp_p
 
 @pytest.mark.parametrize("argv, words", [
     ("--batch-size 4", "batch"), ("--classes a b", "pictures"), ("--width 3", "--width"),
-                                         ("processes", "processes"),
-    ("data", "pictures")])
+    ("processes", "processes"), ("data", "pictures"), ("renamed", "set")])
 def test_going_on_as_something_else_is_refused(script, argv, words, trained, root, tmp_path, fails,
                                                monkeypatch):
     """Epochs and counts would be wrong, or the network another."""
@@ -202,10 +201,12 @@ def test_going_on_as_something_else_is_refused(script, argv, words, trained, roo
         monkeypatch.setattr(script.dist, "init_process_group", lambda *given, **options: None)
         monkeypatch.setattr(script.dist, "barrier", lambda: None)
     if argv == "data": Image.new("L", (30, 30), 99).save(root / "set" / "a" / "new.png")
+    if argv == "renamed": (root / "set" / "a" / "0.png").rename(root / "set" / "a" / "new.png")
     try:
         more = argv.split() if argv.startswith("-") else []
         assert words in fails(script, "--resume", "--out", trained, "--steps", 9, *more)
     finally:
+        if argv == "renamed": (root / "set" / "a" / "new.png").rename(root / "set" / "a" / "0.png")
         (root / "set" / "a" / "new.png").unlink(missing_ok=True)
     assert (trained / "checkpoint.pt").read_bytes() == before
 
