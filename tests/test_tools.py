@@ -831,3 +831,4 @@ def test_a_table_names_runs_in_letters_that_a_font_has_or_by_number(name, runs, 
     titles = {title.split(",")[0] for title in shown}
     assert titles == {"style", name if explore.font_for(name) else "run 2"}
     assert explore.font_for("łąka") and not [w for w in recwarn if "lyph" in str(w.message)]
+    assert "LastResort" not in str(explore.font_for(name))  # matplotlib's font of boxes
