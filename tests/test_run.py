@@ -404,7 +404,8 @@ def test_the_best_device_and_precision_are_taken_and_a_gpu_that_cannot_is_named(
     def no_kernel(*size, device, **options):
         raise RuntimeError("CUDA error: no kernel image is available\nmore")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for name, result in ("set_device", None), ("Stream", None), ("set_stream", None), ("get_device_capability", (6, 0)):
+    for name, result in (("set_device", None), ("Stream", None), ("set_stream", None),
+                         ("get_device_capability", (6, 0))):
         monkeypatch.setattr(torch.cuda, name, lambda *given, result=result: result)
     monkeypatch.setattr(torch, "ones", no_kernel)
     for flag in [], ["--device", "cuda"]:

@@ -142,7 +142,8 @@ def keras_loop(G, D, opt_g, opt_d, args, _, real, z, *labels):
     return loss_d, loss_g, r, f
 
 
-STEPS = [(dcgan, plain, ""), (dcgan, plain, "--augment"), (dcgan, plain, "--recipe classic --channels 1"), (cgan_residual, plain, ""),
+STEPS = [(dcgan, plain, ""), (dcgan, plain, "--augment"), (dcgan, plain, "--recipe classic --channels 1"),
+         (cgan_residual, plain, ""),
          *((cspup128, relativistic, more) for more in (
              "", "--gamma 0", "--scheme exact --d-every 2", "--loss hinge --d-every 3",
              "--loss logits --up deconv")),
