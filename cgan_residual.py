@@ -12,7 +12,6 @@ import argparse, copy, functools, glob, hashlib, itertools, json, math, os, rand
 import time, zipfile, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -37,21 +36,14 @@ except Exception as error:
 
 class BatchNormLeakyReLU(nn.BatchNorm2d):
     """leaky_relu(batch_norm(x), slope), where `fused` by gan_ops; its state_dict is nn.BatchNorm2d's."""
-    fused = False
-
     def __init__(self, channels, slope):
         super().__init__(channels)
-        self.slope = slope
-
-    def arguments(self):
-        """What gan_ops needs besides the input; counts the batch, as nn.BatchNorm2d does."""
-        self.num_batches_tracked += self.training
-        statistics = self.running_mean, self.running_var, self.training, self.momentum, self.eps
-        return self.weight, self.bias, *statistics, self.slope
+        self.slope, self.fused = slope, False
 
     def forward(self, x):
         if not self.fused: return F.leaky_relu(super().forward(x), self.slope)
-        return torch.ops.gan_ops.batch_norm_leaky_relu(x, *self.arguments())
+        statistics = self.running_mean, self.running_var, self.training, self.momentum, self.eps
+        return torch.ops.gan_ops.batch_norm_leaky_relu(x, self.weight, self.bias, *statistics, self.slope)
 # --- end shared ---
 
 # %% Networks
@@ -301,48 +293,19 @@ def sample(generator, z):
     pictures = (generator(part.to(next(generator.parameters()).device)).float() for part in z.split(64))
     return torch.cat([part.mul(127.5).add(128).clamp(0, 255).byte().cpu() for part in pictures])
 
-@torch.no_grad()
-def settle_norms(generator, z):
-    """Batch norm's statistics of an averaged generator, anew from z (N,...) in four batches: those of its own
-    weights are not the average of the others'."""
-    norms = [module for module in generator.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    for norm in norms: norm.train().reset_running_stats()
-    for i in range(4):  # every fourth of z, so that each batch has all classes where there are some
-        for norm in norms: norm.momentum = 1 / (i + 1)
-        generator(z[i::4].to(next(generator.parameters()).device))
-    generator.eval()
-
 def to_grid(images, columns=PER_ROW):
     """uint8 N,C,H,W as one PIL picture."""
     return Image.fromarray(torchvision.utils.make_grid(images, columns).permute(1, 2, 0).numpy())
 
-def draw_run(out, rows, real, fake):
-    """The curves of metrics.csv, real beside generated pictures, and the samples as an animation."""
-    from matplotlib.figure import Figure  # here, as it takes half a second, and a run should begin at once
-    for name, unit, columns in ("losses", "loss", (4, 5)), ("scores", "probability of being real", (6, 7)):
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
-        axes = figure.subplots(subplot_kw=dict(title=f"{SCRIPT}: {name}", xlabel="step", ylabel=unit))
-        for i in columns: axes.plot(*np.array(rows)[:, [0, i]].T, label=COLUMNS[i], linewidth=1)
-        axes.legend()
-        write(out / f"{name}.png", figure.savefig)
-    pairs = torch.cat([images.unflatten(0, (-1, PER_ROW)) for images in (real, fake)], 1).flatten(0, 1)
-    write(out / "comparison.png", to_grid(pairs, 2 * PER_ROW).save)  # real on the left, made on the right
-    files = sorted((out / "samples").glob("epoch_*.png"))
-    files = files[:: -(len(files) // 100) - 1][::-1]  # about 100, and the last one always
-    first, *rest = (ImageOps.contain(Image.open(file), (512, 512)) for file in files)
-    first.save(out / "evolution.gif", save_all=True, append_images=rest, duration=250, loop=0)
-
 def worries(rows, fake, real):
     """Lines on what has gone wrong, by the rows of metrics.csv and pictures (uint8 N,C,H,W) made and real."""
     ahead = np.array([row[6] - row[7] for row in rows[-20:]])  # D(x) - D(G(z)) over 200 steps
-    if len(rows) >= 20 and (ahead.min() > 0.95 or ahead.mean() < 0.002):
-        state, other = ("won", "lower") if ahead.mean() > 0.5 else ("been no better than chance", "higher")
-        yield f"the discriminator has {state} for 200 steps: a {other} --d-lr may help"
+    if len(rows) >= 20 and ahead.min() > 0.95: yield "the discriminator has won: a lower --d-lr may help"
+    if len(rows) >= 20 and ahead.mean() < 0.002: yield "the discriminator guesses: a higher --d-lr may help"
     if real.float().std() < 8: yield "the pictures of --data are nearly all of one colour, or black"
-    flat = [F.adaptive_avg_pool2d(images.float(), 16).flatten(1) for images in (fake, real)]
-    near = [torch.cdist(x, x).fill_diagonal_(math.inf).amin(1).median().item() for x in flat]
-    if len(rows) >= 50 and near[0] < 0.4 * near[1]:  # the median distance to the nearest other picture
-        yield f"the samples repeat themselves, {near[0] / near[1]:.2f} times as far apart as real ones"
+    flat = (F.adaptive_avg_pool2d(images.float(), 16).flatten(1) for images in (fake, real))
+    made, true = (torch.cdist(x, x).fill_diagonal_(math.inf).amin(1).median() for x in flat)
+    if len(rows) >= 50 and made < 0.4 * true: yield "the samples repeat themselves"
 # --- end shared ---
 
 # --- shared: generate by class ---
@@ -403,18 +366,14 @@ def train(args, saved):
     if (out / "checkpoint.pt").exists() and not saved:
         fail(f"{out} holds an earlier run: --resume goes on with it, --out FOLDER begins another")
     # Pictures
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=3))
-    if rank:  # waits until the first process has packed the pictures, and leaves talking to it
-        sys.stdout = open(os.devnull, "w")
-        dist.barrier()
+    if world > 1: dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if rank: dist.barrier()  # until the first process has packed the pictures
     pack, names = load_pack(args)
     if world > 1 and rank == 0: dist.barrier()
     images = args.batch_size * world  # of a step
     steps = len(pack) // images  # of an epoch
     args.used = dict(pictures=len(pack), set=f"{zlib.crc32(repr(names).encode()):08x}", processes=world,
                      device=str(device), precision=precision, torch=str(torch.__version__),
-                     python=sys.version.split()[0],
                      gan_ops="does not serve: --no-fused" if args.no_fused else GAN_OPS)
     if steps == 0: fail(f"{len(pack)} pictures are too few for a batch of {images}: a smaller --batch-size")
     for name in ("pictures", "set", "processes") if saved else ():  # set: of their names, whatever the folder
@@ -426,12 +385,13 @@ def train(args, saved):
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
     G, D = (net.to(device, memory_format=torch.channels_last) for net in make_networks(args))
+    ema = copy.deepcopy(G).eval().requires_grad_(False)
     for module in itertools.chain(G.modules(), D.modules()):
         module.fused = device.type in FUSED and not args.no_fused
     adam = dict(betas=args.betas, fused=device.type != "mps", capturable=device.type == "cuda")
     opt_g, opt_d = (Optimiser(net.parameters(), lr, **adam) for net, lr in ((G, args.lr), (D, args.d_lr)))
-    parts = dict(G=G, D=D, ema=copy.deepcopy(G).eval().requires_grad_(False), opt_g=opt_g, opt_d=opt_d,
-                 scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"))
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    parts = dict(G=G, D=D, ema=ema, opt_g=opt_g, opt_d=opt_d, scaler=scaler)  # of a checkpoint
     nets, half = argparse.Namespace(**parts), torch.float16 if precision == "fp16" else torch.bfloat16
     nets.autocast = functools.partial(torch.autocast, device.type, half, precision != "fp32")
     sums, rows, start, began = torch.zeros(4, device=device), [], 0, time.monotonic()  # sums of COLUMNS[4:]
@@ -442,40 +402,34 @@ def train(args, saved):
         start, began = saved["step"], began - saved["rows"][-1, 2].item()
         rows = [row for row in saved["rows"].tolist() if row[0] % LOG_EVERY == 0 or start >= last]
 
-    def iterate(at, uniform, z, real, *labels):  # a step, its metrics and the average
+    def iterate(at, z, real, *labels):  # a step, its metrics and the average
         real = real.permute(0, 3, 1, 2).float() / 127.5 - 1  # N,C,H,W, channels_last
-        if args.flip: real = torch.where(uniform[:, :1, None, None] < 0.5, real.flip(3), real)
-        nets.uniform = uniform[:, 1:]  # N,7, for train_step
+        if args.flip: real = torch.where(torch.rand_like(real[:, :1, :1, :1]) < 0.5, real.flip(3), real)
         for opt, lr in (opt_g, args.lr), (opt_d, args.d_lr):  # tensors, as a CUDA graph keeps a plain number
             opt.param_groups[0]["lr"] = lr * torch.clamp(args.fall / at, max=1.0).sqrt()
         loss_d, loss_g, *logits = train_step(nets, args, real, z, *labels)
         sums.add_(torch.stack([loss_d, loss_g, *(logit.sigmoid().mean() for logit in logits)]).detach())
         weight = 1 - torch.clamp(0.5 ** (10 / at), max=args.ema)  # a half-life of a tenth of the steps so far
-        for average, value in zip(nets.ema.state_dict().values(), G.state_dict().values()):
+        for average, value in zip(ema.state_dict().values(), G.state_dict().values()):
             if value.is_floating_point(): average.lerp_(value, weight)
     # Run folder
+    real = torch.from_numpy(pack[np.linspace(0, len(pack) - 1, PER_ROW**2).astype(int)]).permute(0, 3, 1, 2)
     if rank == 0:
         print(*(f"{name} {value}" for name, value in args.used.items()), f"into {out}", sep="; ", flush=True)
-        if args.logger == "wandb":  # which takes all that TensorBoard's writer is given
-            import wandb
-            wandb.init(project=SCRIPT, id=args.id, resume="allow", config=vars(args), sync_tensorboard=True)
-        if args.logger:
-            from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(out / "tensorboard")
         write(out / "config.json", lambda part: part.write_text(json.dumps(vars(args), indent=2)))
+        write(out / "samples" / "real.png", to_grid(real).save)
     # Steps
     own = torch.default_generator if device.type == "cpu" else getattr(torch, device.type)  # random numbers
-    real = torch.from_numpy(pack[np.linspace(0, len(pack) - 1, PER_ROW**2).astype(int)]).permute(0, 3, 1, 2)
     source, fixed = batches(arrays, args, device, rank, world, start), draw_z(args, PER_ROW**2)
+    many = draw_z(args, 256).to(device)
     graph, warned, caught, stop, step = None, set(), [], False, start
     for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():  # others get none
         signal.signal(number, lambda number, frame: caught.append(number))
     for step in (bar := tqdm(range(start + 1, last + 1), SCRIPT, last, initial=start, disable=rank > 0)):
         own.manual_seed((args.seed * 1_000_003 + step) % 2**63)  # what is drawn follows from seed and step
-        z, uniform = torch.randn(images, Z, device=device), torch.rand(images, 8, device=device)  # 1 to flip
-        if rank: own.manual_seed(own.initial_seed() + (rank << 40))  # dropout, noise in networks differ
-        inputs = [torch.full((), step, device=device), uniform.chunk(world)[rank], z.chunk(world)[rank]]
-        inputs += next(source)
+        z = torch.randn(images, Z, device=device).chunk(world)[rank]
+        if rank: own.manual_seed(own.initial_seed() + (rank << 40))  # flips, views, dropout differ
+        inputs = [torch.full((), step, device=device), z, *next(source)]
         if device.type == "cuda" and precision != "fp16" and step == start + 4:  # three to warm up
             graph, static = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in inputs]
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()): iterate(*static)
@@ -490,14 +444,13 @@ def train(args, saved):
                 raise ValueError(f"no finite loss at step {step}: --resume --precision fp32 or a lower --lr")
             rows.append([step, epoch, round(time.monotonic() - began, 2), step * images, *values])
             bar.set_postfix(epoch=epoch, loss_d=values[0], loss_g=values[1])
-            for name, value in zip(COLUMNS[4:], values) if args.logger and rank == 0 else ():
-                writer.add_scalar(name, value, step)
             if since == LOG_EVERY: sums.zero_()
         ends = step % steps == 0 or step == last or stop
         due = since == LOG_EVERY and time.monotonic() - saved_at > 60 * args.save_every  # known finite
-        if args.ema and rank == 0 and (ends or due): settle_norms(nets.ema, draw_z(args, 256))
+        if args.ema and rank == 0 and (ends or due):  # averaged weights have statistics of their own
+            torch.optim.swa_utils.update_bn([many[i::4] for i in range(4)], ema)
         if rank == 0 and ends:
-            fake = sample(nets.ema, fixed)
+            fake = sample(ema, fixed)
             write(out / "samples" / f"epoch_{epoch:04d}.png", to_grid(fake).save)
             for worry in set(worries(rows, fake, real)) - warned:
                 warned.add(worry)
@@ -511,7 +464,6 @@ def train(args, saved):
                 write(out / name, functools.partial(torch.save, content))
         if stop: break
     if world > 1: dist.destroy_process_group()
-    if rank == 0: draw_run(out, rows, real, sample(nets.ema, fixed))
     if start >= last: print(f"{out} has had its {last} steps: a larger --steps or --epochs goes on")
     if caught:
         print(f"stopped at step {step} and saved; to go on: python {SCRIPT}.py --resume --out {out}")
@@ -537,9 +489,7 @@ def parse(argv):
     add("--batch-size", type=int, default=64, help="pictures a step, in each process (64)")
     add("--lr", type=float, help="Adam's learning rate for the generator (by recipe)")
     add("--d-lr", type=float, help="and for the discriminator (by recipe)")
-    add("--fall", type=float, help="steps from which on both fall with the root of the steps (by recipe)")
     add("--betas", type=float, nargs=2, help="Adam's (by recipe)")
-    add("--ema", type=float, help="decay a step of the averaged generator, 0 is none (by recipe)")
     add("--flip", action=switch, help="mirror half of the pictures (by recipe)")
     add("--seed", type=lambda text: int(text) % 2**63, default=0, help="of all that is drawn by chance (0)")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
@@ -548,7 +498,6 @@ def parse(argv):
     add("--out", default=f"runs/{SCRIPT}", help=f"run folder (runs/{SCRIPT})")
     add("--save-every", type=float, default=5.0, help="minutes between checkpoints (5)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--logger", choices=("tensorboard", "wandb"), help="besides metrics.csv")
     add("--generate", type=int, metavar="N", help="make N pictures by --checkpoint")
     add("--checkpoint", help="models.pth or checkpoint.pt (the one in --out)")
     add("--save", default="generated.npz", help="of --generate: .npz, .png or folder (generated.npz)")
@@ -563,7 +512,7 @@ def parse(argv):
             fail(f"{path} is no checkpoint of {SCRIPT}.py: {error}")
         kept = dict(saved["config"], generate=None) | (dict(device="auto") if given.generate else {})
         if given.epochs or given.steps: kept.update(epochs=None, steps=None)  # a new end, no second one
-    parser.set_defaults(**dict(RECIPES[given.recipe], script=SCRIPT, id=f"{SCRIPT}-{time.time():.0f}") | kept)
+    parser.set_defaults(**dict(RECIPES[given.recipe], script=SCRIPT) | kept)
     args = parser.parse_args(argv)
     for name in "epochs", "steps", "batch_size", "width", "fall", "generate":
         if (value := getattr(args, name)) is not None and value < 1: fail(f"--{name} {value}: at least 1")

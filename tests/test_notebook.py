@@ -31,7 +31,7 @@ def test_by_writefile(script, argv, tmp_path, monkeypatch):
     name = f"{script.SCRIPT}.py"
     text = run_notebook(tmp_path, [f"%%writefile {name}\n{Path(script.__file__).read_text()}",
                                    f"!python {name} {' '.join(argv)}"])
-    assert (tmp_path / "run" / "comparison.png").exists(), text
+    assert (tmp_path / "run" / "models.pth").exists(), text
 
 
 def test_pasted_into_a_cell(script, argv, tmp_path):
@@ -41,7 +41,7 @@ def test_pasted_into_a_cell(script, argv, tmp_path):
     pasted = text.replace("    main()\n", f"    main({argv})\n")
     defaults = "train = lambda args, saved: print('HAS', args.width, args.data, args.out)\nmain(), main([])"
     shown = run_notebook(tmp_path, [pasted, defaults])
-    assert (tmp_path / "run" / "comparison.png").exists(), shown
+    assert (tmp_path / "run" / "models.pth").exists(), shown
     args = script.parse([])[0]
     assert shown.count(f"HAS {args.width} {args.data} {args.out}") == 2
 
@@ -54,4 +54,4 @@ def test_sections_are_cells_of_a_notebook(script, argv, tmp_path):
     assert len(cells) >= 7 and (marks >= 5 or script.SCRIPT != "fashion_keras_port")
     cells[-1] = cells[-1].replace("    main()", f"    main({argv})")
     shown = run_notebook(tmp_path, cells)
-    assert (tmp_path / "run" / "comparison.png").exists(), shown
+    assert (tmp_path / "run" / "models.pth").exists(), shown

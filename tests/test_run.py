@@ -11,14 +11,12 @@ import subprocess
 import sys
 import threading
 import time
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from conftest import KINDS, SCRIPTS, TINY, error_line, flags, load
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cspup128
 import dcgan
@@ -47,10 +45,8 @@ def same_run(a, b):
             assert all(torch.equal(value, second[name]["state"][number][key]) for key, value in state.items())
     rows = [[dict(row, seconds=0) for row in rows_of(out)] for out in (a, b)]
     assert rows[0] == rows[1] != []
-    made = [{path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.suffix in (".png",
-                                                                                                    ".gif")}
-            for out in (a, b)]
-    assert made[0] == made[1] and len(made[0]) > 4
+    made = [{path.relative_to(out): path.read_bytes() for path in out.rglob("*.png")} for out in (a, b)]
+    assert made[0] == made[1] and len(made[0]) > 1
     assert not list(b.rglob(".part-*"))
 
 
@@ -72,18 +68,16 @@ def test_a_run_leaves_the_whole_folder(script, root, tmp_path, capsys):
     out = tmp_path / "run"
     script.main(flags(script, root, out, "--epochs", 3))
     names = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
-    pictures = {*(f"samples/epoch_{i:04d}.png" for i in (1, 2, 3)), "losses.png", "scores.png",
-                "comparison.png", "evolution.gif"}
+    pictures = {*(f"samples/epoch_{i:04d}.png" for i in (1, 2, 3)), "samples/real.png"}
     assert names == {"config.json", "metrics.csv", "checkpoint.pt", "models.pth"} | pictures
     for picture in pictures:
         assert np.asarray(Image.open(out / picture).convert("L")).std() > 5
-    assert Image.open(out / "evolution.gif").n_frames == 3
     config = json.loads((out / "config.json").read_text())
     used = config["used"]
     assert config["width"] == script.parse(TINY[script])[0].width
     assert config["seed"] == 0 and (script is not dcgan or config["augment"] is True)
     assert (used["pictures"], used["processes"], used["device"], used["precision"]) == (40, 1, "cpu", "fp32")
-    assert used["torch"] == torch.__version__ and used["gan_ops"] == script.GAN_OPS and "python" in used
+    assert used["torch"] == torch.__version__ and used["gan_ops"] == script.GAN_OPS
     said = capsys.readouterr().out
     assert all(f"{name} {used[name]}" in said for name in ("pictures", "device", "precision", "gan_ops"))
     assert next(csv.reader((out / "metrics.csv").open())) == HEAD
@@ -97,19 +91,6 @@ def test_a_run_leaves_the_whole_folder(script, root, tmp_path, capsys):
     for network, name in zip(script.make_networks(script.argparse.Namespace(**models["config"])),
                              ("Generator", "Discriminator")):
         network.load_state_dict(models[name])
-
-
-def test_the_animation_of_many_epochs_ends_with_the_last(tmp_path):
-    """130 epochs, of which every second is shown."""
-    (tmp_path / "samples").mkdir()
-    for i in range(130):
-        Image.new("L", (32, 32), 255 if i == 129 else i).save(tmp_path / "samples" / f"epoch_{i + 1:04d}.png")
-    pictures = torch.zeros(64, 3, 32, 32, dtype=torch.uint8)
-    dcgan.draw_run(tmp_path, [[10, 1, 1, 80, 0, 0, 0, 0], [20, 1, 2, 160, 0, 0, 0, 0]], pictures, pictures)
-    film = Image.open(tmp_path / "evolution.gif")
-    assert film.n_frames == 65
-    film.seek(64)
-    assert film.convert("L").getpixel((5, 5)) > 250
 
 
 def test_metrics_are_the_means_of_ten_steps(root, tmp_path, monkeypatch):
@@ -175,20 +156,6 @@ def test_a_finished_run_says_so(script, trained, capsys):
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_a_run_killed_before_its_last_pictures_has_them_when_resumed(root, tmp_path, monkeypatch):
-    """The last checkpoint is there, losses.png and the others are not."""
-    dcgan.main(flags(dcgan, root, tmp_path / "whole", "--steps", 13))
-
-    def killed(*given):
-        raise KeyboardInterrupt
-    with monkeypatch.context() as patch:
-        patch.setattr(dcgan, "draw_run", killed)
-        with pytest.raises(SystemExit):
-            dcgan.main(flags(dcgan, root, tmp_path / "run", "--steps", 13))
-    dcgan.main(["--resume", "--out", str(tmp_path / "run")])
-    same_run(tmp_path / "whole", tmp_path / "run")
-
-
 @pytest.mark.parametrize("argv, words", [
     ("--batch-size 4", "batch"), ("--classes a b", "pictures"), ("--width 3", "--width"),
     ("processes", "processes"), ("data", "pictures"), ("renamed", "set")])
@@ -215,11 +182,11 @@ def test_a_resumed_run_keeps_what_it_was_told(root, tmp_path):
     """Precision, device and all else that is not given again; what is given again counts."""
     dcgan.main(flags(dcgan, root, tmp_path, "--steps", 1, "--seed", 5, "--no-augment", "--save-every", 3,
                      "--no-fused"))
-    dcgan.main(["--resume", "--out", str(tmp_path), "--steps", "2", "--ema", "0.5"])
+    dcgan.main(["--resume", "--out", str(tmp_path), "--steps", "2", "--betas", "0.4", "0.9"])
     config = json.loads((tmp_path / "config.json").read_text())
     kept = [config[name] for name in ("seed", "augment", "save_every", "no_fused", "batch_size", "device",
-                                      "precision", "ema")]
-    assert kept == [5, False, 3, True, 8, "cpu", "fp32", 0.5] and config["used"]["precision"] == "fp32"
+                                      "precision", "betas")]
+    assert kept == [5, False, 3, True, 8, "cpu", "fp32", [0.4, 0.9]] and config["used"]["precision"] == "fp32"
 
 
 # Stopped
@@ -263,14 +230,12 @@ def test_a_signal_saves_and_says_how_to_go_on(script, number, root, tmp_path):
     assert process.returncode == 128 + number
     assert f"python {script.SCRIPT}.py --resume --out {out}" in text and "Traceback" not in text
     step = load(out / "checkpoint.pt")["step"]
-    assert step >= 10 and (out / "comparison.png").exists() and rows_of(out)[-1]["step"] == step
+    assert step >= 10 and rows_of(out)[-1]["step"] == step
     script.main(["--resume", "--out", str(out), "--steps", str(step + 2)])
     script.main(flags(script, root, tmp_path / "whole", "--steps", step + 2))
     (out / "samples" / f"epoch_{math.ceil(step / 5):04d}.png").unlink()  # of the moment it was stopped
     for path in (tmp_path / "whole" / "samples").glob("*"):
         (out / "samples" / path.name).exists() or path.unlink()
-    for folder in out, tmp_path / "whole":
-        (folder / "evolution.gif").unlink()
     same_run(tmp_path / "whole", out)
 
 
@@ -283,7 +248,7 @@ def test_a_run_stopped_in_its_first_steps_is_saved_and_goes_on(script, number, r
         with pytest.raises(SystemExit) as end:
             script.main(flags(script, root, tmp_path, "--epochs", 2))
     assert end.value.code == 128 + number and "--resume" in capsys.readouterr().out
-    assert load(tmp_path / "checkpoint.pt")["step"] == 2 and (tmp_path / "losses.png").exists()
+    assert load(tmp_path / "checkpoint.pt")["step"] == 2
     assert signal.getsignal(number) == kept  # a notebook goes on
     script.main(["--resume", "--out", str(tmp_path), "--steps", "4"])
     assert load(tmp_path / "checkpoint.pt")["step"] == 4
@@ -364,8 +329,7 @@ def test_samples_that_repeat_themselves_earn_a_line(made, real, count, worried):
 
 
 @pytest.mark.parametrize("ahead, count, said", [
-    (0.97, 20, "has won"), (0.97, 19, None), (0.9, 20, None), (0.0, 20, "no better than chance"),
-                                                (-0.1, 30, "chance"),
+    (0.97, 20, "has won"), (0.97, 19, None), (0.9, 20, None), (0.0, 20, "guesses"), (-0.1, 30, "guesses"),
     (0.0, 19, None), (0.005, 20, None)])
 def test_a_discriminator_that_has_won_or_only_guesses_earns_a_line(ahead, count, said):
     found = list(dcgan.worries(rows(count, 0.5 + ahead / 2, 0.5 - ahead / 2), faces(64), faces(64)))
@@ -414,48 +378,7 @@ def test_the_best_device_and_precision_are_taken_and_a_gpu_that_cannot_is_named(
     assert ones is not torch.ones
 
 
-# --logger
-
-def test_tensorboard_holds_what_metrics_csv_holds(root, tmp_path):
-    process = start(dcgan, flags(dcgan, root, tmp_path, "--steps", 12, "--logger", "tensorboard"))
-    text, _ = process.communicate()
-    assert process.returncode == 0, text[-500:]
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert sorted(events.Tags()["scalars"]) == sorted(HEAD[4:])
-    for name in HEAD[4:]:
-        found = [(scalar.step, scalar.value) for scalar in events.Scalars(name)]
-        assert found == [(row["step"], pytest.approx(row[name], rel=1e-4)) for row in rows_of(tmp_path)]
-
-
-def test_wandb_gets_the_metrics_and_a_resumed_run_is_the_same_one(root, tmp_path, monkeypatch):
-    """Through a stand-in: W&B reads what is written for TensorBoard, so what counts is how it is begun."""
-    begun, wandb = [], ModuleType("wandb")
-    wandb.init = lambda **options: begun.append(options)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    stand_in(monkeypatch, dcgan)
-    dcgan.main(flags(dcgan, root, tmp_path, "--steps", 2, "--logger", "wandb"))
-    dcgan.main(["--resume", "--out", str(tmp_path), "--steps", "4"])
-    assert len(begun) == 2 and begun[0]["id"] == begun[1]["id"] and begun[1]["resume"] == "allow"
-    assert all(run["project"] == dcgan.SCRIPT and run["sync_tensorboard"] and run["config"]["width"]
-               for run in begun)
-    assert list((tmp_path / "tensorboard").iterdir())
-
-
-@pytest.mark.parametrize("logger, module", [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb"),
-                                            ("wandb", None)])
-def test_a_logger_that_cannot_begin_ends_in_one_line_before_there_is_a_run_folder(logger, module, root,
-                                                                                  tmp_path, monkeypatch,
-                                                                                  fails):
-    def no_key(**options):
-        raise RuntimeError("no API key\nconfigured")
-    wandb = ModuleType("wandb")
-    wandb.init = no_key
-    monkeypatch.setitem(sys.modules, module or "wandb", None if module else wandb)
-    line = fails(fashion_keras_port, *flags(fashion_keras_port, root, tmp_path / "run", "--logger", logger,
-                                            "--steps", 1))
-    assert (module or "no API key") in line and not (tmp_path / "run").exists()
-
+# What goes wrong outside
 
 def test_what_a_library_raises_is_one_line_and_its_traceback_is_there_for_the_asking(root, tmp_path,
                                                                                      monkeypatch, fails):

@@ -43,8 +43,7 @@ def prepared(script, *argv, dtype=torch.float64, optimiser=None):
     opt_g, opt_d = (make(net.parameters(), lr, betas=args.betas, fused=True) for net, lr in ((G, args.lr),
                                                                                              (D, args.d_lr)))
     return args, SimpleNamespace(G=G, D=D, opt_g=opt_g, opt_d=opt_d, autocast=nullcontext,
-                                 scaler=torch.amp.GradScaler("cpu", enabled=False),
-                                 uniform=torch.rand(6, 7, dtype=dtype))
+                                 scaler=torch.amp.GradScaler("cpu", enabled=False))
 
 
 def batch(script, args, step, dtype=torch.float64, count=6):
@@ -162,9 +161,11 @@ def test_a_step_is_the_textbook_one(script, textbook, argv, double):
     before = [weight.clone() for weight in (*G.parameters(), *D.parameters())]
 
     def view(x):  # all that the discriminator sees
-        return dcgan.augment(x, nets.uniform) if getattr(args, "augment", False) else x
+        return dcgan.augment(x, uniform) if getattr(args, "augment", False) else x
     for step in 1, 2, 3:
         given = batch(script, args, step)
+        torch.manual_seed(step)
+        uniform = torch.rand(6, 7)
         torch.manual_seed(step)
         D.requires_grad_(True)
         expected = textbook(G, D, opt_g, opt_d, args, view, *given)
@@ -235,12 +236,18 @@ def test_two_learning_rates_and_betas_reach_the_optimisers(script, root, tmp_pat
     assert any(not torch.equal(before["D"][name], after["D"][name]) for name in after["D"])
 
 
-def test_learning_rates_fall_with_the_root_of_the_steps(script, root, tmp_path):
-    """From --fall on; until then they stay, and so does what the run comes to."""
+def set_in_recipes(monkeypatch, script, **settings):
+    """What a recipe has and no flag sets."""
+    for recipe in script.RECIPES.values():
+        for name, value in settings.items(): monkeypatch.setitem(recipe, name, value)
+
+
+def test_learning_rates_fall_with_the_root_of_the_steps(script, root, tmp_path, monkeypatch):
+    """From `fall` on; until then they stay, and so does what the run comes to."""
     ends = {}
     for fall in 1, 4, 1e9:
-        script.main(flags(script, root, tmp_path / str(fall), "--steps", 4, "--fall", fall, "--lr", 0.004,
-                          "--d-lr", 0.002))
+        set_in_recipes(monkeypatch, script, fall=fall)
+        script.main(flags(script, root, tmp_path / str(fall), "--steps", 4, "--lr", 0.004, "--d-lr", 0.002))
         ends[fall] = load(tmp_path / str(fall) / "checkpoint.pt")
         share = min(fall / 4, 1) ** 0.5
         rates = [float(ends[fall][name]["param_groups"][0]["lr"]) for name in ("opt_g", "opt_d")]
@@ -251,14 +258,16 @@ def test_learning_rates_fall_with_the_root_of_the_steps(script, root, tmp_path):
         assert all(same.values()) and not all(slower[k] for k in slower if "weight" in k)
 
 
-def test_the_average_follows_the_generator(script, root, tmp_path):
-    """Its half-life is a tenth of the steps so far, up to --ema; with --ema 0 it is the generator itself.
+def test_the_average_follows_the_generator(script, root, tmp_path, monkeypatch):
+    """Its half-life is a tenth of the steps so far, up to `ema` of the recipe; with 0 it is the generator itself.
 
     Batch norm's statistics are its own (test_norms.py), unless it is the generator itself.
     """
     for ema in 0.95, 0.0:
         out, states = tmp_path / str(ema), []
-        for step, argv in (11, flags(script, root, out, "--ema", ema)), (12, ["--resume", "--out", str(out)]):
+        if ema and script is fashion_keras_port: continue  # its dense networks are never averaged
+        set_in_recipes(monkeypatch, script, ema=ema)
+        for step, argv in (11, flags(script, root, out)), (12, ["--resume", "--out", str(out)]):
             script.main([*argv, "--steps", str(step)])
             states.append(load(out / "checkpoint.pt"))
         weight = 1 - min(0.5 ** (10 / 12), ema)
@@ -298,12 +307,12 @@ def test_augmentation_is_the_papers():
 
 @pytest.mark.parametrize("more, views", [("--no-flip", 1), ("--flip", 2)])
 def test_what_a_step_is_given(script, more, views, root, tmp_path, monkeypatch):
-    """Real pictures in [-1, 1] as they are or mirrored; fresh noise, and other numbers to augment by."""
+    """Real pictures in [-1, 1] as they are or mirrored; fresh noise."""
     seen = []
 
     def record(nets, args, real, z, *labels):
         fake = nets.G(torch.cat([*labels, z], 1))
-        seen.append((real, nets.uniform, z))
+        seen.append((real, z))
         return (fake.sum() * 0,) * 2 + (fake[:, 0, 0, 0] * 0,) * 2
     monkeypatch.setattr(script, "train_step", record)
     script.main(flags(script, root, tmp_path, "--epochs", 4, *more.split()))
@@ -312,7 +321,6 @@ def test_what_a_step_is_given(script, more, views, root, tmp_path, monkeypatch):
     assert real.shape[1] == script.parse(TINY[script])[0].channels and real.abs().max() <= 1
     different = len({tuple(picture[0, ::3].flatten().tolist()) for picture in real})
     assert different == 40 if views == 1 else 60 < different <= 80
-    assert len(torch.cat([uniform for _, uniform, _ in seen]).flatten().unique()) > 1100  # of 20 * 8 * 7
     epochs = [real[i * 40: i * 40 + 40].sum((1, 2, 3)) for i in range(4)]
     if views == 1:  # every picture once in each epoch, in another order
         torch.testing.assert_close(epochs[0].sort()[0], epochs[1].sort()[0])
@@ -336,7 +344,7 @@ def test_two_processes_at_half_the_batch_train_as_one_at_the_whole(root, tmp_pat
 
     By how far the weights moved, as Adam turns the rounding of a gradient near 0 into a step.
     """
-    more = ["--scheme", "exact", "--width", "4", "--steps", "20"]
+    more = ["--scheme", "exact", "--no-flip", "--width", "4", "--steps", "20"]
     launch(cspup128, [*flags(cspup128, root, tmp_path / "one"), *more])
     launch(cspup128, [*flags(cspup128, root, tmp_path / "two"), *more, "--batch-size", "4"], 2)
     one, two = (load(tmp_path / name / "checkpoint.pt") for name in ("one", "two"))

@@ -23,6 +23,7 @@ import torch
 from keras import layers as L
 from PIL import Image
 from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import classifier
@@ -54,7 +55,9 @@ def runs(tmp_path_factory):
         generator = script.make_networks(args)[0].eval()
         generator.load_state_dict(saved["Generator"])
         for parameter in generator.parameters(): parameter.data.mul_(5 if parameter.ndim > 1 else 1)
-        script.settle_norms(generator, script.draw_z(args, 64))
+        generator.train()
+        with torch.no_grad():
+            for _ in range(40): generator(script.draw_z(args, 64))  # statistics that fit these weights
         torch.save(dict(saved, Generator=generator.state_dict()), out / "models.pth")
         found[kind] = out
     return found
@@ -803,6 +806,84 @@ def test_classes_have_the_same_noise_in_each_row(kind, classes, runs, tmp_path):
 
 def test_classes_of_a_model_without(runs, capsys):
     assert "without classes" in error(capsys, explore, "classes", runs["dense"])
+
+
+@pytest.fixture(scope="module")
+def drawn_run(runs, tmp_path_factory):
+    """A run folder of 130 epochs with its pictures; those of the last epoch are white."""
+    out = shutil.copytree(runs["dcgan"], tmp_path_factory.mktemp("explore") / "run")
+    size = Image.open(out / "samples" / "real.png").size
+    for i in range(2, 131):
+        Image.new("RGB", size, (255, 255, 255) if i == 130 else (i, 0, 0)).save(out / "samples" / f"epoch_{i:04d}.png")
+    explore.main(["run", str(out)])
+    return out
+
+
+def test_the_curves_of_a_run_and_its_pictures_beside_real_ones(drawn_run, monkeypatch):
+    for name in "losses.png", "scores.png": assert np.asarray(Image.open(drawn_run / name)).std() > 5
+    both, real = (np.asarray(Image.open(drawn_run / name)) for name in ("comparison.png", "samples/real.png"))
+    assert (both[:, : real.shape[1]] == real).all() and (both[:, real.shape[1] :] == 255).all()
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda axes, x, y, label, **style: drawn.append((label, *y)))
+    monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda axes: None)
+    explore.main(["run", str(drawn_run)])
+    rows = np.genfromtxt(drawn_run / "metrics.csv", delimiter=",", names=True, ndmin=1)
+    assert drawn == [(name, *rows[name]) for name in ("loss_d", "loss_g", "d_real", "d_fake")]
+
+
+def test_the_animation_of_many_epochs_ends_with_the_last(drawn_run):
+    """130 epochs, of which every second is shown."""
+    with Image.open(drawn_run / "evolution.gif") as film:
+        assert film.n_frames == 65
+        film.seek(64)
+        assert film.convert("L").getpixel((50, 50)) > 250
+
+
+def test_a_folder_without_samples_or_metrics_is_no_run(runs, tmp_path, capsys):
+    assert "no run folder" in error(capsys, explore, "run", tmp_path)
+    (shutil.copytree(runs["dcgan"], tmp_path / "run") / "metrics.csv").unlink()
+    assert "metrics.csv" in error(capsys, explore, "run", tmp_path / "run")
+
+
+def test_tensorboard_holds_what_metrics_csv_holds(runs, tmp_path):
+    """Once, however often it is asked for."""
+    out, columns = shutil.copytree(runs["dcgan"], tmp_path / "run"), ["loss_d", "loss_g", "d_real", "d_fake"]
+    rows = [[10 * i, 1, i, 80 * i, i, 2 * i, 0.5, 0.25] for i in (1, 2, 3)]
+    for count in 2, 3:
+        np.savetxt(out / "metrics.csv", rows[:count], "%g", ",", comments="",
+                   header=",".join(["step", "epoch", "seconds", "images", *columns]))
+        explore.main(["run", str(out), "--logger", "tensorboard"])
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    assert sorted(events.Tags()["scalars"]) == sorted(columns)
+    for i, name in enumerate(columns, 4):
+        assert [(e.step, e.value) for e in events.Scalars(name)] == [(row[0], row[i]) for row in rows]
+
+
+def test_wandb_gets_the_metrics_and_a_second_call_is_the_same_run(runs, tmp_path, monkeypatch):
+    """Through a stand-in for W&B."""
+    begun, logged, wandb = [], [], types.ModuleType("wandb")
+    run = types.SimpleNamespace(log=lambda values, step: logged.append((step, *values)), finish=lambda: None)
+    wandb.init = lambda **options: begun.append(options) or run
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    out = shutil.copytree(runs["dcgan"], tmp_path / "run")
+    for _ in range(2): explore.main(["run", str(out), "--logger", "wandb"])
+    assert len(begun) == 2 and begun[0]["id"] == begun[1]["id"] and begun[1]["resume"] == "allow"
+    assert begun[0]["project"] == "dcgan" and begun[0]["config"]["width"] == 2
+    assert logged == 2 * [(2, "loss_d", "loss_g", "d_real", "d_fake")]
+
+
+@pytest.mark.parametrize("logger, module", [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb"),
+                                            ("wandb", None)])
+def test_a_logger_that_is_missing_or_cannot_begin_ends_in_one_line(logger, module, runs, tmp_path, monkeypatch,
+                                                                   capsys):
+    def no_key(**options):
+        raise RuntimeError("no API key\nconfigured")
+    wandb = types.ModuleType("wandb")
+    wandb.init = no_key
+    monkeypatch.setitem(sys.modules, module or "wandb", None if module else wandb)
+    out = shutil.copytree(runs["dcgan"], tmp_path / "run")
+    assert (module or "no API key") in error(capsys, explore, "run", out, "--logger", logger)
 
 
 def test_a_table_shows_real_early_and_late_pictures_of_each_run(runs, tmp_path, capsys, monkeypatch):

@@ -1,18 +1,66 @@
-"""Pictures that show what trained generators have learnt.
+"""Pictures that show how a run went, and what trained generators have learnt.
 
+    python tools/explore.py run runs/dcgan                          # curves, real beside generated, animation
+    python tools/explore.py run runs/dcgan --logger tensorboard     # and its metrics there; or wandb
     python tools/explore.py walk runs/dcgan --save walk.gif         # through z, in a circle; or .png, in rows
     python tools/explore.py classes runs/cgan_residual              # one noise in a row, through all classes
     python tools/explore.py table runs/forest runs/mountain         # of each run real, early, late pictures
 
-`walk` and `classes` take a run folder, a models.pth or a checkpoint.pt; `table` takes run folders.
+`walk` and `classes` take a run folder, a models.pth or a checkpoint.pt; `run` and `table` run folders, also of a
+run that is still going on, as far as it has saved.
 """
-import argparse, functools, math
+import argparse, functools, json, math, zlib
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 
 from common import fail, guarded, load
+
+def samples_of(run):
+    """(the picture of real ones, the pictures of generated ones in order) in a run folder."""
+    files = sorted(Path(run, "samples").glob("epoch_*.png"))
+    if not files: fail(f"{run} is no run folder with samples in it, the first of which an epoch's end makes")
+    return Path(run, "samples", "real.png"), files
+
+def run(options):
+    """Into a run folder: losses.png, scores.png, comparison.png (real pictures on the left), evolution.gif."""
+    from matplotlib.figure import Figure  # here, as it takes half a second
+    folder, (real, files) = Path(options.run), samples_of(options.run)
+    config = json.loads((folder / "config.json").read_text())
+    rows = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True, ndmin=1)
+    curves = dict(losses=("loss", "loss_d", "loss_g"), scores=("probability of being real", "d_real", "d_fake"))
+    for name, (unit, *columns) in curves.items():
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.subplots(subplot_kw=dict(title=f"{config['script']}: {name}", xlabel="step", ylabel=unit))
+        for column in columns: axes.plot(rows["step"], rows[column], label=column, linewidth=1)
+        axes.legend()
+        figure.savefig(folder / f"{name}.png")
+    left, right = Image.open(real), Image.open(files[-1])
+    both = Image.new(left.mode, (2 * left.width, left.height))
+    both.paste(left, (0, 0))
+    both.paste(right, (left.width, 0))
+    both.save(folder / "comparison.png")
+    files = files[:: -(len(files) // 100) - 1][::-1]  # about 100, and the last one always
+    first, *rest = (ImageOps.contain(Image.open(file), (512, 512)) for file in files)
+    first.save(folder / "evolution.gif", save_all=True, append_images=rest, duration=250, loop=0)
+    if options.logger: send(options.logger, folder, config, rows)
+    print(f"losses.png, scores.png, comparison.png, evolution.gif: {folder}")
+
+def send(logger, folder, config, rows):
+    """The rows of metrics.csv to TensorBoard's files in the folder, or to W&B, where a second call adds what is new."""
+    names = rows.dtype.names[4:]
+    if logger == "wandb":
+        import wandb
+        known = f"{zlib.crc32(str(folder.resolve()).encode()):08x}"
+        log = wandb.init(project=config["script"], id=known, name=folder.name, resume="allow", config=config)
+        for row in rows: log.log({name: row[name] for name in names}, step=int(row["step"]))
+        return log.finish()
+    from torch.utils.tensorboard import SummaryWriter
+    with SummaryWriter(folder / "tensorboard", purge_step=0) as writer:  # instead of what an earlier call wrote
+        for row in rows:
+            for name in names: writer.add_scalar(name, row[name], int(row["step"]))
 
 def walk(options):
     """--count pictures on a circle of --steps through z, keeping their classes: a .gif or, in rows, .png."""
@@ -63,12 +111,9 @@ def table(options):
     figure = Figure(figsize=(9.6, 3.4 * len(options.runs)), layout="constrained")
     rows = figure.subplots(len(options.runs), 3, squeeze=False)
     for number, (run, row) in enumerate(zip(options.runs, rows), 1):
-        files = sorted(Path(run, "samples").glob("epoch_*.png"))
-        if not files or not Path(run, "comparison.png").exists():
-            fail(f"{run} is no run folder with samples and a comparison.png, which a run makes as it ends")
-        early, late = files[len(files) // 20], files[-1]
-        side = (Image.open(late).width - 2) // 2 + 2  # a quarter of each grid; real ones are on the left
-        shown = dict(real=Path(run, "comparison.png"), early=early, late=late)
+        real, files = samples_of(run)
+        shown = dict(real=real, early=files[len(files) // 20], late=files[-1])
+        side = (Image.open(real).width - 2) // 2 + 2  # a quarter of each grid
         for axes, (kind, file) in zip(row, shown.items()):
             title = kind if kind == "real" else f"epoch {int(file.stem[6:])}"
             name = Path(run).resolve().name
@@ -84,12 +129,16 @@ def main(argv=None):
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.error = fail
-    kinds = parser.add_subparsers(required=True, metavar="walk, classes or table")
-    for work, count in (walk, 16), (classes, 8), (table, None):
+    kinds = parser.add_subparsers(required=True, metavar="run, walk, classes or table")
+    for work, count in (run, None), (walk, 16), (classes, 8), (table, None):
         kind = kinds.add_parser(work.__name__, help=work.__doc__.split("\n")[0], description=work.__doc__)
         kind.error = fail
         kind.set_defaults(work=work)
         add = kind.add_argument
+        if work is run:
+            add("run", metavar="RUN")
+            add("--logger", choices=("tensorboard", "wandb"), help="where the metrics go besides")
+            continue
         add("--save", type=Path, help=f"the picture ({work.__name__}.{'gif' if work is walk else 'png'})")
         if work is table:
             add("runs", nargs="+", metavar="RUN")
