@@ -62,11 +62,14 @@ class SplitAdd(nn.Module):
 
     def forward(self, left, right):
         norm = self.norm
-        if not self.fused or isinstance(norm, nn.Identity):
+        if not self.fused:
             return norm(left + right).chunk(2, dim=1) if self.split else norm(left + right)
-        statistics = norm.running_mean, norm.running_var, norm.training, norm.momentum, norm.eps
-        parts = torch.ops.gan_ops.split_add_batch_norm_leaky_relu(
-            left, right, norm.weight, norm.bias, *statistics, norm.slope, self.split)
+        if isinstance(norm, nn.Identity):
+            parts = torch.ops.gan_ops.split_add(left, right, self.split)
+        else:
+            statistics = norm.running_mean, norm.running_var, norm.training, norm.momentum, norm.eps
+            parts = torch.ops.gan_ops.split_add_batch_norm_leaky_relu(
+                left, right, norm.weight, norm.bias, *statistics, norm.slope, self.split)
         return parts if self.split else parts[0]
 
 def double(c_in, c_out, how):
@@ -119,18 +122,21 @@ class Generator(nn.Module):
         return torch.tanh(self.picture(x))  # N,3,128,128
 
 class Discriminator(nn.Sequential):
-    """Pictures (N,3,128,128) to logits (N): `convs` 4x4 convolutions of stride 2, then a valid one."""
-    def __init__(self, width=64, convs=5):
-        channels, layers = [3] + [width << i for i in range(convs)], []
+    """Pictures (N,3,128,128) to logits (N): `convs` 4x4 convolutions of stride 2, then a valid one.
+
+    Each has twice the channels of the one before it; the fourth, where `wide`, four times as many.
+    """
+    def __init__(self, width=64, convs=5, wide=True):
+        channels, layers = [3] + [width << i + (wide and i > 2) for i in range(convs)], []
         for c_in, c_out in zip(channels, channels[1:]):
-            layers += nn.Conv2d(c_in, c_out, 4, 2, 1), nn.LeakyReLU(0.2)  # N,64,64,64 to N,1024,4,4
+            layers += nn.Conv2d(c_in, c_out, 4, 2, 1), nn.LeakyReLU(0.2)  # N,64,64,64 to N,2048,4,4
         super().__init__(*layers, nn.Conv2d(channels[-1], 1, 128 >> convs), nn.Flatten(0))
 
 def make_networks(args):
     """(generator, discriminator); stable: the generator's weights are DCGAN's, N(0, 0.02), of batch norm
     N(1, 0.02), those of the discriminator He et al.'s (2015), as no batch norm mends their scale."""
     stable = args.recipe == "stable"
-    G, D = Generator(args.width, args.slope, stable, args.up), Discriminator(args.width, args.d_convs)
+    G, D = Generator(args.width, args.slope, stable, args.up), Discriminator(args.width, args.d_convs, stable)
     for name, weight in G.named_parameters() if stable else ():
         if name.endswith("weight"): nn.init.normal_(weight, mean=float(weight.ndim == 1), std=0.02)
     for layer in D if stable else ():
@@ -350,13 +356,13 @@ def generate(args, saved):
     generator, path = make_networks(args)[0].to(pick_device(args)[0]).eval(), Path(args.save)
     generator.load_state_dict(saved["Generator"])
     images = sample(generator, draw_z(args, args.generate))
-    pixels = images.permute(0, 2, 3, 1).numpy()  # N,H,W,C
+    pixels = images.permute(0, 2, 3, 1).squeeze(3).numpy()  # N,H,W,3 or, grey, N,H,W
     if path.suffix == ".npz":
         write(path, lambda part: np.savez(part.open("wb"), images=pixels))
     elif path.suffix == ".png":
         write(path, to_grid(images, math.ceil(args.generate**0.5)).save)
     else:
-        for i, image in enumerate(pixels): write(path / f"{i:06d}.png", Image.fromarray(image.squeeze()).save)
+        for i, image in enumerate(pixels): write(path / f"{i:06d}.png", Image.fromarray(image).save)
     print(f"{args.generate} pictures: {path}")
 # --- end shared ---
 

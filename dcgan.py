@@ -271,13 +271,13 @@ def generate(args, saved):
     generator, path = make_networks(args)[0].to(pick_device(args)[0]).eval(), Path(args.save)
     generator.load_state_dict(saved["Generator"])
     images = sample(generator, draw_z(args, args.generate))
-    pixels = images.permute(0, 2, 3, 1).numpy()  # N,H,W,C
+    pixels = images.permute(0, 2, 3, 1).squeeze(3).numpy()  # N,H,W,3 or, grey, N,H,W
     if path.suffix == ".npz":
         write(path, lambda part: np.savez(part.open("wb"), images=pixels))
     elif path.suffix == ".png":
         write(path, to_grid(images, math.ceil(args.generate**0.5)).save)
     else:
-        for i, image in enumerate(pixels): write(path / f"{i:06d}.png", Image.fromarray(image.squeeze()).save)
+        for i, image in enumerate(pixels): write(path / f"{i:06d}.png", Image.fromarray(image).save)
     print(f"{args.generate} pictures: {path}")
 # --- end shared ---
 

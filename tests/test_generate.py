@@ -42,6 +42,12 @@ def bags(root, tmp_path_factory):
     return out
 
 
+def test_grey_pictures_have_no_third_dimension(root, tmp_path):
+    dcgan.main(flags(dcgan, root, tmp_path / "run", "--steps", 1, "--channels", 1))
+    images, _ = generate(dcgan, tmp_path / "run", tmp_path / "g.npz", 3)
+    assert images.shape == (3, 32, 32)
+
+
 @pytest.mark.parametrize("count", [1, 64, 130])
 def test_npz_has_what_the_averaged_generator_makes(script, count, contrasty, tmp_path, capsys):
     """Bytes, as many as asked for, the same as by the two lines that README shows."""

@@ -41,7 +41,12 @@ def of_cspup(width):
     for half, c in zip([c // 2 for c in channels], channels[1:]):
         g += 2 * half * c * 16 + half * half + half + 2 * (c * c * 9 + c)
     channels = [3, width, 2 * width, 4 * width, 8 * width, 16 * width]
-    return g, sum(a * b * 16 + b for a, b in zip(channels, channels[1:])) + 16 * width * 16 + 1
+    return g, convolutions(channels)
+
+
+def convolutions(channels):
+    """4x4 convolutions with biases, and one to a logit."""
+    return sum(a * b * 16 + b for a, b in zip(channels, channels[1:])) + channels[-1] * 16 + 1
 
 
 # Three convolutions and two linear layers, and a vector of 256 for each of ten classes
@@ -68,6 +73,10 @@ def of_style(w, classes):
     ids=lambda value: getattr(value, "SCRIPT", None))
 def test_numbers_of_weights(script, flags, g, d):
     assert tuple(map(count, networks(script, flags))) == (g, d)
+
+
+def test_the_default_discriminator_of_cspup128_is_twice_as_wide_at_its_end():
+    assert count(networks(cspup128, "--width 6")[1]) == convolutions([3, 6, 12, 24, 96, 192])
 
 
 @pytest.mark.parametrize("script, flags, shapes", [

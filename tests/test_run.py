@@ -156,6 +156,14 @@ def test_a_finished_run_says_so(script, trained, capsys):
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_a_finished_run_that_is_stopped_says_at_which_step(trained, script, monkeypatch, capsys):
+    """A signal between the handlers and a loop that has nothing left to do."""
+    monkeypatch.setattr(script, "tqdm", lambda *given, **options: signal.raise_signal(signal.SIGINT) or [])
+    with pytest.raises(SystemExit) as end:
+        script.main(["--resume", "--out", str(trained)])
+    assert end.value.code == 130 and "stopped at step 3" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("argv, words", [
     ("--batch-size 4", "batch"), ("--classes a b", "pictures"), ("--width 3", "--width"),
     ("processes", "processes"), ("data", "pictures"), ("renamed", "set")])
