@@ -100,7 +100,8 @@ def relativistic(G, D, opt_g, opt_d, args, _, real, z):
     of_d, of_g = {**kinds, "logits": kinds["bce"]}[args.loss]
     r = D(real)
     loss_d = of_d(r, D(fake.detach()))
-    penalty = sum((slopes(D, x) ** 2).mean() for x in (real, fake)) if args.gamma else 0
+    shown = (D.view(x)[:3] for x in (real, fake.detach()))  # half of 6
+    penalty = sum((slopes(D.layers, x) ** 2).mean() for x in shown) if args.gamma else 0
     learn(opt_d, loss_d + args.gamma / 2 * penalty)
     for turn in range(args.d_every):
         if turn: fake = G(torch.randn_like(z))
@@ -215,11 +216,11 @@ def test_fp16_takes_second_derivatives_in_fp32():
     args, nets = prepared(cspup128, dtype=torch.float32)
     nets.autocast = lambda: torch.autocast("cpu", torch.float16)
     seen = []
-    nets.D[2].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    nets.D.layers[2].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     for enabled in True, False:
         nets.scaler = torch.amp.GradScaler("cpu", enabled=enabled)
         cspup128.train_step(nets, args, *batch(cspup128, args, 1, torch.float32))
-    assert seen[:4] == [torch.float32] * 2 + [torch.float16] * 2 and seen[4:] == [torch.float16] * 4
+    assert seen[:6] == [torch.float32] * 4 + [torch.float16] * 2 and seen[6:] == [torch.float16] * 6
 
 
 def test_two_learning_rates_and_betas_reach_the_optimisers(script, root, tmp_path):
