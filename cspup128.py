@@ -121,28 +121,16 @@ class Generator(nn.Module):
             x = seam(*block(*x))  # 2 of N,512,4,4; N,256,8,8; N,128,16,16; N,64,32,32; at last N,64,64,64
         return torch.tanh(self.picture(x))  # N,3,128,128
 
-class Discriminator(nn.Module):
+class Discriminator(nn.Sequential):
     """Pictures (N,3,128,128) to logits (N): `convs` 4x4 convolutions of stride 2, then a valid one.
 
-    `sharp`: it is shown fine detail besides, which is too faint in the pictures to be learnt soon; its fourth
-    convolution has four times the channels of the third, where the others have twice those before them.
+    Each has twice the channels of the one before it; the fourth, where `wide`, four times as many.
     """
-    def __init__(self, width=64, convs=5, sharp=True):
-        super().__init__()
-        channels, layers = [6 if sharp else 3] + [width << i + (sharp and i > 2) for i in range(convs)], []
+    def __init__(self, width=64, convs=5, wide=True):
+        channels, layers = [3] + [width << i + (wide and i > 2) for i in range(convs)], []
         for c_in, c_out in zip(channels, channels[1:]):
             layers += nn.Conv2d(c_in, c_out, 4, 2, 1), nn.LeakyReLU(0.2)  # N,64,64,64 to N,2048,4,4
-        self.layers = nn.Sequential(*layers, nn.Conv2d(channels[-1], 1, 128 >> convs), nn.Flatten(0))
-        self.sharp = sharp
-
-    def view(self, x):
-        """What `layers` see: pictures and, where `sharp`, 4 times each value's distance from those around it."""
-        if not self.sharp: return x
-        around = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-        return torch.cat([x, 4 * (x - around)], 1)  # N,6,128,128
-
-    def forward(self, x):
-        return self.layers(self.view(x))
+        super().__init__(*layers, nn.Conv2d(channels[-1], 1, 128 >> convs), nn.Flatten(0))
 
 def make_networks(args):
     """(generator, discriminator); stable: the generator's weights are DCGAN's, N(0, 0.02), of batch norm
@@ -151,7 +139,7 @@ def make_networks(args):
     G, D = Generator(args.width, args.slope, stable, args.up), Discriminator(args.width, args.d_convs, stable)
     for name, weight in G.named_parameters() if stable else ():
         if name.endswith("weight"): nn.init.normal_(weight, mean=float(weight.ndim == 1), std=0.02)
-    for layer in D.layers if stable else ():
+    for layer in D if stable else ():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, 0.2)
             nn.init.zeros_(layer.bias)
@@ -171,34 +159,34 @@ LOSSES = {  # name: (the discriminator's, the generator's), each from the logits
     "hinge": (lambda real, fake: (F.relu(1 - real) + F.relu(1 + fake)).mean(),
               lambda real, fake: -fake.mean())}
 
-def squared_slope(logit, views):
-    """R1 or R2: mean squared norm of the gradient of the first logits with respect to views of pictures."""
-    (slope,) = torch.autograd.grad(logit[: len(views)].sum(), views, create_graph=True)
+def squared_slope(logit, pictures):
+    """R1 or R2: mean squared norm of the gradient of logits with respect to pictures, of the first of them."""
+    (slope,) = torch.autograd.grad(logit[: len(pictures)].sum(), pictures, create_graph=True)
     return slope.square().sum((1, 2, 3)).mean()
 
 def train_step(nets, args, real, z):
     """A step of the discriminator and --d-every of the generator on real (N,3,128,128) and z (N,100).
 
     The discriminator's loss has besides gamma / 2 times R1 (of real pictures; Mescheder et al. 2018) and R2
-    (of fake ones), of what it is shown of them. They need second derivatives: of half the batch, at a fifth
-    less time for the step. It never waits for the GPU. Returns losses and logits.
+    (of fake ones), which need second derivatives: of half the batch, at a fifth less time for the step. It
+    never waits for the GPU. Returns losses and logits.
     """
     loss_of_d, loss_of_g = LOSSES[args.loss]
     nets.D.requires_grad_(True)
     with nets.autocast():
-        fake = nets.G(z).to(real.dtype)
-    pair = [nets.D.view(x.detach()).chunk(2) for x in (real, fake)]
+        fake = nets.G(z)
+    pair = [x.detach().to(real.dtype).chunk(2) for x in (real, fake)]
     steep = [halves[0].requires_grad_(args.gamma > 0) for halves in pair]  # whose slopes are penalised
     narrow = args.gamma > 0 and nets.scaler.is_enabled()  # gradients of gradients do not fit fp16
     with torch.autocast(real.device.type, enabled=False) if narrow else nets.autocast():
-        logits = [torch.cat([nets.D.layers(half) for half in halves]).float() for halves in pair]
+        logits = [torch.cat([nets.D(half) for half in halves]).float() for halves in pair]
     loss_d = loss_of_d(*logits)
     penalty = args.gamma / 2 * sum(map(squared_slope, logits, steep)) if args.gamma else 0
     optimise(nets, loss_d + penalty, nets.opt_d)
     nets.D.requires_grad_(False)
     for turn in range(args.d_every):
         with nets.autocast():
-            if turn: fake = nets.G(torch.randn_like(z)).to(real.dtype)
+            if turn: fake = nets.G(torch.randn_like(z))
             real_logit = nets.D(real).float() if args.loss == "relativistic" else logits[0].detach()
             fake_logit = nets.D(fake).float()
         loss_g = loss_of_g(real_logit, fake_logit)

@@ -75,17 +75,8 @@ def test_numbers_of_weights(script, flags, g, d):
     assert tuple(map(count, networks(script, flags))) == (g, d)
 
 
-def test_the_default_discriminator_of_cspup128_is_twice_as_wide_at_its_end_and_sees_fine_detail_besides():
-    assert count(networks(cspup128, "--width 6")[1]) == convolutions([6, 6, 12, 24, 96, 192])
-    D, plain = (networks(cspup128, f"--width 2 --scheme {scheme}")[1] for scheme in ("stable", "exact"))
-    pictures = torch.full((2, 3, 128, 128), 0.5)
-    assert plain.view(pictures) is pictures
-    assert torch.equal(D.view(pictures), torch.cat([pictures, 0 * pictures], 1))  # at the edges too
-    pictures[1, 2, 7, 9] = 1.0
-    seen, expected = D.view(pictures)[1, 5], torch.zeros(128, 128)
-    expected[6:9, 8:11] = -4 * 0.5 / 9
-    expected[7, 9] = 4 * 0.5 * 8 / 9
-    torch.testing.assert_close(seen, expected)
+def test_the_default_discriminator_of_cspup128_is_twice_as_wide_at_its_end():
+    assert count(networks(cspup128, "--width 6")[1]) == convolutions([3, 6, 12, 24, 96, 192])
 
 
 @pytest.mark.parametrize("script, flags, shapes", [

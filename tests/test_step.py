@@ -100,8 +100,7 @@ def relativistic(G, D, opt_g, opt_d, args, _, real, z):
     of_d, of_g = {**kinds, "logits": kinds["bce"]}[args.loss]
     r = D(real)
     loss_d = of_d(r, D(fake.detach()))
-    shown = (D.view(x)[:3] for x in (real, fake.detach()))  # half of 6
-    penalty = sum((slopes(D.layers, x) ** 2).mean() for x in shown) if args.gamma else 0
+    penalty = sum((slopes(D, x[:3]) ** 2).mean() for x in (real, fake)) if args.gamma else 0  # half of 6
     learn(opt_d, loss_d + args.gamma / 2 * penalty)
     for turn in range(args.d_every):
         if turn: fake = G(torch.randn_like(z))
@@ -216,7 +215,7 @@ def test_fp16_takes_second_derivatives_in_fp32():
     args, nets = prepared(cspup128, dtype=torch.float32)
     nets.autocast = lambda: torch.autocast("cpu", torch.float16)
     seen = []
-    nets.D.layers[2].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    nets.D[2].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     for enabled in True, False:
         nets.scaler = torch.amp.GradScaler("cpu", enabled=enabled)
         cspup128.train_step(nets, args, *batch(cspup128, args, 1, torch.float32))
