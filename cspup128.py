@@ -160,7 +160,7 @@ LOSSES = {  # name: (the discriminator's, the generator's), each from the logits
               lambda real, fake: -fake.mean())}
 
 def squared_slope(logit, pictures):
-    """R1 or R2: mean squared norm of the gradient of logits with respect to pictures, of the first of them."""
+    """R1 or R2: mean squared norm of the gradient of the first logits with respect to their pictures."""
     (slope,) = torch.autograd.grad(logit[: len(pictures)].sum(), pictures, create_graph=True)
     return slope.square().sum((1, 2, 3)).mean()
 
