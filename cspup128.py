@@ -168,7 +168,7 @@ def train_step(nets, args, real, z):
     """A step of the discriminator and --d-every of the generator on real (N,3,128,128) and z (N,100).
 
     The discriminator's loss has besides gamma / 2 times R1 (of real pictures; Mescheder et al. 2018) and R2
-    (of fake ones), which need second derivatives: of half the batch, at a fifth less time for the step. It
+    (of fake ones), which need second derivatives: of half the batch, at a sixth less time for the step. It
     never waits for the GPU. Returns losses and logits.
     """
     loss_of_d, loss_of_g = LOSSES[args.loss]
