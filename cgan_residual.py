@@ -8,19 +8,19 @@ The generator is told the class one-hot before its noise, the discriminator by p
 2018).
 """
 # %% Imports
-import argparse, copy, functools, glob, hashlib, itertools, json, math, os, random, signal, sys, threading
-import time, zipfile, zlib
+import argparse, copy, functools, glob, itertools, json, math, os, random, signal, sys, threading, time
+import zipfile, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
+from torchvision.utils import save_image
 from tqdm.auto import tqdm
 
 SCRIPT, Z, PER_ROW, Optimiser = "cgan_residual", 246, 10, torch.optim.Adam  # noise; a row of samples
@@ -190,38 +190,33 @@ def fail(message):
     raise SystemExit(2)
 
 def find_pictures(data, root):
-    """(names of the files of --data, function to what changes whenever one does, function that opens one)."""
+    """{name: (what changes whenever the file does, function that opens it)} of --data."""
     if data == "synthetic":
-        return DRAWN, lambda name: SCRIPT, lambda name: draw_picture(int(Path(name).stem))
+        return {name: (SCRIPT, functools.partial(draw_picture, i)) for i, name in enumerate(DRAWN)}
     if data in ("mnist", "fashion"):
         kind = torchvision.datasets.MNIST if data == "mnist" else torchvision.datasets.FashionMNIST
         found = kind(root, download=True)  # where it is not there yet
         folders = [name.split(" - ")[0].replace("/", " or ") for name in found.classes]
-        images = {f"{folders[k]}/{i}.png": image for i, (image, k) in enumerate(found)}
-        return list(images), lambda n: zlib.crc32(images[n].tobytes()), images.get
+        return {f"{folders[k]}/{i}.png": (data, image.copy) for i, (image, k) in enumerate(found)}
     path = Path(data).expanduser()
     if data == "celeba":
         places = [f"{at}/**/img_align_celeba{end}" for at in (root, "/kaggle/input") for end in ("", ".zip")]
         if not any(glob.glob(place, recursive=True) for place in places):
             torchvision.datasets.CelebA(root, download=True)
         path = Path(next(file for place in places for file in glob.glob(place, recursive=True)))
-    if path.is_dir():
-        names = [file.relative_to(path).as_posix() for file in path.rglob("*")]
-        links = [n for n in names if (path / n).is_symlink() and (path / n).is_dir()]
-        if links: print(f"links to folders are not followed, as they can lead back up: {', '.join(links)}")
-        names = [n for n in names if (path / n).is_file()]
-        return names, lambda n: (path / n).stat().st_mtime_ns, lambda n: Image.open(path / n)
+    if path.is_dir():  # links to folders, which can lead back up, are not followed, but named as left out
+        files = {f.relative_to(path).as_posix(): f for f in path.rglob("*") if f.is_file() or f.is_symlink()}
+        return {n: (f.lstat().st_mtime_ns, functools.partial(Image.open, f)) for n, f in files.items()}
     archive = zipfile.ZipFile(path)
-    return archive.namelist(), lambda n: archive.getinfo(n).CRC, lambda n: Image.open(archive.open(n))
+    return {i.filename: (i.CRC, lambda i=i: Image.open(archive.open(i))) for i in archive.infolist()}
 
 def square(image, size, channels):
     """A PIL picture as uint8 size,size,channels: its middle; if parts are transparent, all of it on white."""
     image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at a fraction of its size
     image, mode = ImageOps.exif_transpose(image), "L" if channels == 1 else "RGB"
     if image.mode[0] in "IF":  # grey of 16 bits, of which 12 may be in use, or of numbers up to 1
-        values = np.asarray(image, np.float32)
-        top = next((top for top in (1, 255, 4095) if values.max() <= top), 65535)
-        image = Image.fromarray((values * (255 / top)).clip(0, 255).astype(np.uint8))
+        values, tops = np.asarray(image, np.float32).clip(0), (1, 255, 4095, 65535, math.inf)
+        image = Image.fromarray(np.uint8(values * 255 / next(top for top in tops if top >= values.max())))
     if image.has_transparency_data and (image := image.convert("RGBA")).getextrema()[3][0] < 255:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = ImageOps.pad(image, (size, size), Image.BILINEAR, color="white")
@@ -231,22 +226,22 @@ def square(image, size, channels):
 def load_pack(args):
     """The pictures of --data, uint8 N,size,size,channels, memory-mapped, and their names; decoded once."""
     try:
-        names, stamp, open_picture = find_pictures(args.data, args.root)
+        found = find_pictures(args.data, args.root)
     except Exception as error:  # not there, no network, a used up quota, cut short, another kind of archive
         fail(f"--data {args.data}: {error}; it is a folder, a .zip, synthetic, mnist, fashion or celeba, "
              f"whose img_align_celeba.zip belongs into --root {args.root} where the download fails")
-    names = sorted(n for n in names if n[-1] != "/" and "/." not in f"/{n}" and "__MACOSX" not in n)
+    names = sorted(n for n in found if n[-1] != "/" and "/." not in f"/{n}" and "__MACOSX" not in n)
     folders = {folder for n in names for folder in n.split("/")[:-1]}
     if not names or set(args.classes) - folders:
         fail(f"{args.data} has no pictures in {args.classes or 'it'}; its folders are {sorted(folders)}")
     names = [n for n in names if not args.classes or set(n.split("/")[:-1]) & set(args.classes)]
-    key = hashlib.sha256(repr([args.channels, [(n, stamp(n)) for n in names]]).encode()).hexdigest()[:12]
-    path = Path(args.root, ".packed", f"{Path(args.data).resolve().stem}-{args.size}-{key}.npy")
+    key = zlib.crc32(repr([args.channels, [(n, found[n][0]) for n in names]]).encode())
+    path = Path(args.root, ".packed", f"{Path(args.data).resolve().stem}-{args.size}-{key:08x}.npy")
     report, left_out = path.with_suffix(".json"), {}
 
     def decode(name):
         try:
-            image = open_picture(name)
+            image = found[name][1]()
             assert image.format != "TIFF" or image.n_frames == 1, f"it has {image.n_frames} pages"
             return square(image, args.size, args.channels).tobytes()
         except Exception as error:  # no picture, or a broken one, which can raise anything
@@ -266,16 +261,15 @@ def load_pack(args):
         print(f"left out, see {report}: {dict(Counter(Path(n).suffix.lower() for n in left_out))}")
     return np.load(path, mmap_mode="c"), [n for n in names if n not in left_out]
 
-def batches(arrays, args, device, rank, world, step):
-    """Yield this rank's batches after `step` on the device, rows of each array, in an order by --seed."""
-    size, steps = args.batch_size, len(arrays[0]) // (args.batch_size * world)  # steps of an epoch
-    arrays = [torch.from_numpy(array) for array in arrays]
+def batches(arrays, args, device, step):
+    """Yield batches after `step` on the device, rows of each array, in an order that follows from --seed."""
+    arrays, steps = [torch.from_numpy(array) for array in arrays], len(arrays[0]) // args.batch_size
     if device.type == "cuda" and arrays[0].nbytes < torch.cuda.mem_get_info()[0] / 2:
         arrays = [array.to(device) for array in arrays]
     for epoch in itertools.count(step // steps):
-        order = np.random.default_rng([args.seed, epoch]).permutation(len(arrays[0]))[: steps * world * size]
-        order = torch.from_numpy(order.reshape(steps, world, size)[:, rank]).to(arrays[0].device)
-        yield from ([array[numbers].to(device) for array in arrays] for numbers in order[step % steps :])
+        order = torch.from_numpy(np.random.default_rng([args.seed, epoch]).permutation(len(arrays[0])))
+        rows = order.to(arrays[0].device).split(args.batch_size)[step % steps : steps]
+        yield from ([array[numbers].to(device) for array in arrays] for numbers in rows)
         step = 0
 
 # %% Pictures out
@@ -292,20 +286,6 @@ def sample(generator, z):
     """What a generator in evaluation mode makes of z (N,...), 64 at a time: uint8 N,C,H,W on the CPU."""
     pictures = (generator(part.to(next(generator.parameters()).device)).float() for part in z.split(64))
     return torch.cat([part.mul(127.5).add(128).clamp(0, 255).byte().cpu() for part in pictures])
-
-def to_grid(images, columns=PER_ROW):
-    """uint8 N,C,H,W as one PIL picture."""
-    return Image.fromarray(torchvision.utils.make_grid(images, columns).permute(1, 2, 0).numpy())
-
-def worries(rows, fake, real):
-    """Lines on what has gone wrong, by the rows of metrics.csv and pictures (uint8 N,C,H,W) made and real."""
-    ahead = np.array([row[6] - row[7] for row in rows[-20:]])  # D(x) - D(G(z)) over 200 steps
-    if len(rows) >= 20 and ahead.min() > 0.95: yield "the discriminator has won: a lower --d-lr may help"
-    if len(rows) >= 20 and ahead.mean() < 0.002: yield "the discriminator guesses: a higher --d-lr may help"
-    if real.float().std() < 8: yield "the pictures of --data are nearly all of one colour, or black"
-    flat = (F.adaptive_avg_pool2d(images.float(), 16).flatten(1) for images in (fake, real))
-    made, true = (torch.cdist(x, x).fill_diagonal_(math.inf).amin(1).median() for x in flat)
-    if len(rows) >= 50 and made < 0.4 * true: yield "the samples repeat themselves"
 # --- end shared ---
 
 # --- shared: generate by class ---
@@ -320,7 +300,7 @@ def generate(args, saved):
         arrays = dict(images=pixels) if labels is None else dict(images=pixels, labels=labels)
         write(path, lambda part: np.savez(part.open("wb"), **arrays))
     elif path.suffix == ".png":
-        write(path, to_grid(images, math.ceil(args.generate**0.5)).save)
+        write(path, functools.partial(save_image, images / 255, nrow=math.ceil(args.generate**0.5)))
     else:  # a folder for each class, as --data takes them
         for i, image in enumerate(pixels):
             folder = path if labels is None else path / args.names[labels[i]]
@@ -338,11 +318,10 @@ def pick_device(args):
     """(device, precision) by the flags; where they are auto, the fastest that this machine has."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = torch.device(best if args.device == "auto" else args.device)
-    cpu = set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").exists() else set()
+    cpu = {word for file in glob.glob("/proc/cpuinfo") for word in Path(file).read_text().split()}
     fast = "bf16" if "amx_bf16" in cpu or {"avx512_bf16", "AuthenticAMD"} <= cpu else "fp32"
     try:
         if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_stream(torch.cuda.Stream())  # a graph cannot be captured on the default one
             fast = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
         torch.ones(8, device=device).mul(2).tolist()  # a GPU that this torch has no kernels for fails here
@@ -351,34 +330,26 @@ def pick_device(args):
     return device, fast if args.precision == "auto" else args.precision
 
 def optimise(nets, loss, optimiser):
-    """Back-propagate `loss`, average the gradients over the processes, take a step."""
+    """Back-propagate `loss` and take a step."""
     optimiser.zero_grad(set_to_none=True)
     nets.scaler.scale(loss).backward()
-    for parameter in optimiser.param_groups[0]["params"] if dist.is_initialized() else ():
-        dist.all_reduce(parameter.grad.div_(dist.get_world_size()))
     nets.scaler.step(optimiser)
     nets.scaler.update()
 
 def train(args, saved):
     """Train from the start, or from the checkpoint `saved`, into the run folder --out."""
     (device, precision), out, saved_at = pick_device(args), Path(args.out), time.monotonic()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
     if (out / "checkpoint.pt").exists() and not saved:
         fail(f"{out} holds an earlier run: --resume goes on with it, --out FOLDER begins another")
     # Pictures
-    if world > 1: dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if rank: dist.barrier()  # until the first process has packed the pictures
     pack, names = load_pack(args)
-    if world > 1 and rank == 0: dist.barrier()
-    images = args.batch_size * world  # of a step
-    steps = len(pack) // images  # of an epoch
-    args.used = dict(pictures=len(pack), set=f"{zlib.crc32(repr(names).encode()):08x}", processes=world,
-                     device=str(device), precision=precision, torch=str(torch.__version__),
+    steps = len(pack) // args.batch_size  # of an epoch
+    if steps == 0: fail(f"{len(pack)} pictures are too few for --batch-size {args.batch_size}")
+    args.used = dict(pictures=len(pack), set=f"{zlib.crc32(repr(names).encode()):08x}", device=str(device),
+                     precision=precision, torch=str(torch.__version__),
                      gan_ops="does not serve: --no-fused" if args.no_fused else GAN_OPS)
-    if steps == 0: fail(f"{len(pack)} pictures are too few for a batch of {images}: a smaller --batch-size")
-    for name in ("pictures", "set", "processes") if saved else ():  # set: of their names, whatever the folder
-        was, now = saved["config"]["used"].get(name), args.used[name]
-        if was not in (now, None): fail(f"{out} began with {name} {was}, now it is {now}: take another --out")
+    if saved and saved["config"]["used"]["set"] != args.used["set"]:  # of their names, whatever the folder
+        fail(f"{out} began with other pictures: take another --out")
     arrays = [pack, *settle(args, pack, names)]
     last = min(filter(None, (args.steps, (args.epochs or 0) * steps)), default=max(20 * steps, 5000))
     # Networks, average, optimisers
@@ -394,13 +365,12 @@ def train(args, saved):
     parts = dict(G=G, D=D, ema=ema, opt_g=opt_g, opt_d=opt_d, scaler=scaler)  # of a checkpoint
     nets, half = argparse.Namespace(**parts), torch.float16 if precision == "fp16" else torch.bfloat16
     nets.autocast = functools.partial(torch.autocast, device.type, half, precision != "fp32")
-    sums, rows, start, began = torch.zeros(4, device=device), [], 0, time.monotonic()  # sums of COLUMNS[4:]
+    rows, start, began = [], 0, time.monotonic()
     if saved:
         for name, part in parts.items(): part.load_state_dict(saved[name])
         for opt in opt_g, opt_d: opt.param_groups[0].update(adam)
-        sums.copy_(saved["sums"])
         start, began = saved["step"], began - saved["rows"][-1, 2].item()
-        rows = [row for row in saved["rows"].tolist() if row[0] % LOG_EVERY == 0 or start >= last]
+        rows = [row for row in saved["rows"].tolist() if row[0] % LOG_EVERY == 0]
 
     def iterate(at, z, real, *labels):  # a step, its metrics and the average
         real = real.permute(0, 3, 1, 2).float() / 127.5 - 1  # N,C,H,W, channels_last
@@ -408,62 +378,51 @@ def train(args, saved):
         for opt, lr in (opt_g, args.lr), (opt_d, args.d_lr):  # tensors, as a CUDA graph keeps a plain number
             opt.param_groups[0]["lr"] = lr * torch.clamp(args.fall / at, max=1.0).sqrt()
         loss_d, loss_g, *logits = train_step(nets, args, real, z, *labels)
-        sums.add_(torch.stack([loss_d, loss_g, *(logit.sigmoid().mean() for logit in logits)]).detach())
         weight = 1 - torch.clamp(0.5 ** (10 / at), max=args.ema)  # a half-life of a tenth of the steps so far
         for average, value in zip(ema.state_dict().values(), G.state_dict().values()):
             if value.is_floating_point(): average.lerp_(value, weight)
+        return torch.stack([loss_d, loss_g, *(logit.sigmoid().mean() for logit in logits)]).detach()
     # Run folder
-    real = torch.from_numpy(pack[np.linspace(0, len(pack) - 1, PER_ROW**2).astype(int)]).permute(0, 3, 1, 2)
-    if rank == 0:
-        print(*(f"{name} {value}" for name, value in args.used.items()), f"into {out}", sep="; ", flush=True)
-        write(out / "config.json", lambda part: part.write_text(json.dumps(vars(args), indent=2)))
-        write(out / "samples" / "real.png", to_grid(real).save)
+    print(*(f"{name} {value}" for name, value in args.used.items()), f"into {out}", sep="; ", flush=True)
+    write(out / "config.json", lambda part: part.write_text(json.dumps(vars(args), indent=2)))
     # Steps
-    own = torch.default_generator if device.type == "cpu" else getattr(torch, device.type)  # random numbers
-    source, fixed = batches(arrays, args, device, rank, world, start), draw_z(args, PER_ROW**2)
+    source, fixed = batches(arrays, args, device, start), draw_z(args, PER_ROW**2)
     many = draw_z(args, 256).to(device)
-    graph, warned, caught, stop, step = None, set(), [], False, start
+    graph, caught, step = None, [], start
     for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():  # others get none
         signal.signal(number, lambda number, frame: caught.append(number))
-    for step in (bar := tqdm(range(start + 1, last + 1), SCRIPT, last, initial=start, disable=rank > 0)):
-        own.manual_seed((args.seed * 1_000_003 + step) % 2**63)  # what is drawn follows from seed and step
-        z = torch.randn(images, Z, device=device).chunk(world)[rank]
-        if rank: own.manual_seed(own.initial_seed() + (rank << 40))  # flips, views, dropout differ
+    for step in (bar := tqdm(range(start + 1, last + 1), SCRIPT, last, initial=start)):
+        torch.manual_seed((args.seed * 1_000_003 + step) % 2**63)  # what is drawn follows from seed and step
+        z = torch.randn(args.batch_size, Z, device=device)
         inputs = [torch.full((), step, device=device), z, *next(source)]
         if device.type == "cuda" and precision != "fp16" and step == start + 4:  # three to warm up
             graph, static = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in inputs]
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()): iterate(*static)
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()): metrics = iterate(*static)
         for mine, new in zip(static, inputs) if graph else (): mine.copy_(new)
-        graph.replay() if graph else iterate(*inputs)
-        epoch, since = math.ceil(step / steps), (step - 1) % LOG_EVERY + 1
-        if since == LOG_EVERY or step == last or (caught and world == 1):
-            values = torch.cat([sums / since, sums.new_tensor([len(caught)])]) / world
-            if world > 1: dist.all_reduce(values)
-            *values, stop = values.tolist()
+        if graph: graph.replay()
+        else: metrics = iterate(*inputs)
+        epoch, logs, stop = math.ceil(step / steps), step % LOG_EVERY == 0, step == last or bool(caught)
+        if logs or stop:
+            values = metrics.tolist()
             if not all(map(math.isfinite, values)):
                 raise ValueError(f"no finite loss at step {step}: --resume --precision fp32 or a lower --lr")
-            rows.append([step, epoch, round(time.monotonic() - began, 2), step * images, *values])
+            rows.append([step, epoch, round(time.monotonic() - began, 2), step * args.batch_size, *values])
             bar.set_postfix(epoch=epoch, loss_d=values[0], loss_g=values[1])
-            if since == LOG_EVERY: sums.zero_()
-        ends = step % steps == 0 or step == last or stop
-        due = since == LOG_EVERY and time.monotonic() - saved_at > 60 * args.save_every  # known finite
-        if args.ema and rank == 0 and (ends or due):  # averaged weights have statistics of their own
+        ends = stop or step % steps == 0
+        due = stop or (logs and time.monotonic() - saved_at > 60 * args.save_every)  # the losses are finite
+        if args.ema and (ends or due):  # averaged weights have statistics of their own
             torch.optim.swa_utils.update_bn([many[i::4] for i in range(4)], ema)
-        if rank == 0 and ends:
-            fake = sample(ema, fixed)
-            write(out / "samples" / f"epoch_{epoch:04d}.png", to_grid(fake).save)
-            for worry in set(worries(rows, fake, real)) - warned:
-                warned.add(worry)
-                bar.write(f"warning: {worry}")
-        if rank == 0 and (due or stop or step == last):
+        if ends:
+            save = functools.partial(save_image, sample(ema, fixed) / 255, nrow=PER_ROW)
+            write(out / "samples" / f"epoch_{epoch:04d}.png", save)
+        if due:
             states, saved_at = {name: part.state_dict() for name, part in parts.items()}, time.monotonic()
             models = dict(Generator=states["ema"], Discriminator=states["D"], config=vars(args))
-            run = dict(models, **states, step=step, sums=sums, rows=torch.tensor(rows, dtype=torch.float64))
+            run = dict(models, **states, step=step, rows=torch.tensor(rows, dtype=torch.float64))
             np.savetxt(out / "metrics.csv", rows, "%.10g", ",", header=",".join(COLUMNS), comments="")
-            for name, content in ("checkpoint.pt", run), ("models.pth", models):
-                write(out / name, functools.partial(torch.save, content))
-        if stop: break
-    if world > 1: dist.destroy_process_group()
+            write(out / "checkpoint.pt", functools.partial(torch.save, run))
+            write(out / "models.pth", functools.partial(torch.save, models))
+        if stop and step < last: break
     if start >= last: print(f"{out} has had its {last} steps: a larger --steps or --epochs goes on")
     if caught:
         print(f"stopped at step {step} and saved; to go on: python {SCRIPT}.py --resume --out {out}")
@@ -489,7 +448,6 @@ def parse(argv):
     add("--batch-size", type=int, default=64, help="pictures a step, in each process (64)")
     add("--lr", type=float, help="Adam's learning rate for the generator (by recipe)")
     add("--d-lr", type=float, help="and for the discriminator (by recipe)")
-    add("--betas", type=float, nargs=2, help="Adam's (by recipe)")
     add("--flip", action=switch, help="mirror half of the pictures (by recipe)")
     add("--seed", type=lambda text: int(text) % 2**63, default=0, help="of all that is drawn by chance (0)")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
@@ -503,7 +461,6 @@ def parse(argv):
     add("--save", default="generated.npz", help="of --generate: .npz, .png or folder (generated.npz)")
     given, saved, kept = parser.parse_args(argv), None, {}
     path = Path(given.checkpoint or f"{given.out}/checkpoint.pt")
-    if given.resume and not path.exists(): print(f"there is no {path} to go on from: a new run begins")
     if given.generate or (given.resume and path.exists()):
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)

@@ -6,7 +6,6 @@ as cores, their start included. The files are in the page cache, so this measure
 disk. Then a training of one step as a process of its own, which finds the pack made.
 """
 import contextlib, importlib, io, resource, subprocess, sys, tempfile, time
-from pathlib import Path
 
 from train import CORES, compare, machine, make_pictures, save, show, start_parser, usual_data
 

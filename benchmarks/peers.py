@@ -30,6 +30,7 @@ if not CHILD:
     from torch import nn
     from torch.utils.data import DataLoader
     from torchvision import transforms
+    from torchvision.utils import save_image
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
     from train import CORES, DIGITS, compare, fail, machine, measure, save, show, start_parser
@@ -257,7 +258,7 @@ def compare_plain(script, options, flags):
     if options.picture:  # ten of each class, ours on the left
         first = torch.cat([(labels == i).nonzero()[:10, 0] for i in range(10)])
         pairs = torch.cat([images[first].unflatten(0, (10, 10)) for images in made.values()], 1).flatten(0, 1)
-        script.to_grid(pairs, 20).save(options.picture)
+        save_image(pairs / 255, options.picture, nrow=20)
     return dict(about, rows=rows, ratios=ratios)
 
 def main():

@@ -9,7 +9,7 @@ batch size on the same pictures. Figures are the median, lowest and highest of t
   MNIST or FashionMNIST; eager fp32 with torch's own settings, contiguous, activations in place, plain Adam,
   .item() of both losses at each step.
 Flags not listed below go to the script: --width, --batch-size (64; cspup128 and fashion_keras_port 32),
---device, ... Unless they say otherwise dcgan has --recipe classic, cspup128 --loss logits --gamma 0.
+--device, ... Unless they say otherwise dcgan has --recipe classic, cspup128 --loss bce --gamma 0.
 """
 import argparse, functools, importlib, itertools, json, os, platform, random, shlex, statistics, subprocess
 import sys, tempfile, time
@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torchvision
 from PIL import Image, ImageOps
 from torch import nn
@@ -28,7 +27,7 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the scripts are
 FLAGS = {  # by script: what is measured, where flags given do not say otherwise
     "dcgan": ["--recipe", "classic"],
-    "cspup128": ["--batch-size", "32", "--loss", "logits", "--gamma", "0"],
+    "cspup128": ["--batch-size", "32", "--loss", "bce", "--gamma", "0"],
     "cgan_residual": [], "fashion_keras_port": []}
 DIGITS = dict(mnist=torchvision.datasets.MNIST, fashion=torchvision.datasets.FashionMNIST)
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -90,13 +89,12 @@ def make_pictures(script, folder, count):
         file.parent.mkdir(parents=True, exist_ok=True)
         image.save(file, quality=90)
 
-def measure(script, side, flags, steps=None, processes=1, **environment):
-    """One side's round, in as many processes of its own as `processes`: its figures as a dict (see work)."""
+def measure(script, side, flags, steps=None, **environment):
+    """One side's round, in a process of its own: its figures as a dict (see work)."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
-        launch = f"-m torch.distributed.run --standalone --nproc-per-node={processes} " * (processes > 1)
         mine = ["--script", script, "--side", side, "--json", str(result), "--steps", str(steps or 0)]
-        command = [sys.executable, *launch.split(), __file__, *mine, *flags, "--out", f"{folder}/run"]
+        command = [sys.executable, __file__, *mine, *flags, "--out", f"{folder}/run"]
         done = subprocess.run(command, env=dict(os.environ, **environment), capture_output=True, text=True)
         if not result.exists():
             lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -122,17 +120,16 @@ def timed(source, device, steps, report):
 
 def time_ours(script, flags, steps, report):
     """Have the script train, and end it after the timed steps."""
-    batches, load_pack, world = script.batches, script.load_pack, int(os.environ.get("WORLD_SIZE", 1))
+    batches, load_pack = script.batches, script.load_pack
 
-    def timed_batches(arrays, args, device, *place):
-        source = batches(arrays, args, device, *place)
+    def timed_batches(arrays, args, device, step):
+        source = batches(arrays, args, device, step)
         yield from timed(source, device, steps, functools.partial(report, args))
-        if dist.is_initialized(): dist.barrier()
         raise SystemExit  # which the script lets pass
 
     def repeated(args):  # an epoch longer than a round, so that no samples are made meanwhile
         pack, names = load_pack(args)
-        pick = np.arange(max(len(pack), args.batch_size * world * (11 + (steps or 50)))) % len(pack)
+        pick = np.arange(max(len(pack), args.batch_size * (11 + (steps or 50)))) % len(pack)
         return (pack, names) if len(pick) == len(pack) else (pack[pick], [names[i] for i in pick])
     script.batches, script.load_pack = timed_batches, repeated
     script.main([*flags, *["--no-augment"] * (script.SCRIPT == "dcgan"), "--save-every", "1000"])
@@ -206,15 +203,14 @@ def time_usual(script, flags, steps, workers, report):
 
 def work(options, flags):
     """Be one side of one round: write its figures into the file --json."""
-    script, world = importlib.import_module(options.script), int(os.environ.get("WORLD_SIZE", 1))
+    script = importlib.import_module(options.script)
 
     def report(args, steps, seconds, waiting):
         about = {name: args.used[name] for name in ("device", "precision", "gan_ops") if name in args.used}
         about |= dict(width=args.width, batch=args.batch_size, threads=torch.get_num_threads(), steps=steps)
         peak = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
-        rate = world * steps * args.batch_size / seconds
-        if int(os.environ.get("RANK", 0)) == 0:
-            save(options.json, dict(images_per_second=rate, waiting=waiting, peak_cuda_mib=peak, about=about))
+        rate = steps * args.batch_size / seconds
+        save(options.json, dict(images_per_second=rate, waiting=waiting, peak_cuda_mib=peak, about=about))
     if options.side == "usual": time_usual(script, flags, options.steps, options.workers, report)
     else: time_ours(script, flags, options.steps, report)
 

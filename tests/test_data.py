@@ -214,7 +214,7 @@ def test_nothing_is_said_when_all_can_be_read(tmp_path, capsys):
 
 
 def test_each_folder_is_taken_once_whatever_links_lead_back_up(tmp_path, capsys):
-    """Links to folders, up, to itself, to a neighbour, are named and not followed; those to files are."""
+    """Links to folders, up, to itself, to a neighbour, are not followed but named; those to files are followed."""
     folder = tree(tmp_path / "set", "a/1.png a/2.png b/3.png")
     elsewhere = tree(tmp_path / "elsewhere", "4.png")
     for link, to in (("a/up", folder), ("a/self", folder / "a"), ("again", folder / "b"),
@@ -222,8 +222,9 @@ def test_each_folder_is_taken_once_whatever_links_lead_back_up(tmp_path, capsys)
                      ("b/4.png", elsewhere / "4.png"), ("b/gone.png", tmp_path / "gone.png")):
         (folder / link).symlink_to(to)
     assert load(folder, tmp_path / "root")[1] == ["a/1.png", "a/2.png", "b/3.png", "b/4.png"]
-    (line,) = capsys.readouterr().out.splitlines()
-    assert "not followed" in line and {"a/up", "a/self", "again"} == set(line.split(": ")[1].split(", "))
+    (report,) = (tmp_path / "root" / ".packed").glob("*.json")
+    assert set(json.loads(report.read_text())) == {"a/up", "a/self", "again", "b/gone", "b/gone.png"}
+    assert "{'': 4, '.png': 1}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])

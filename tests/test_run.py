@@ -18,9 +18,7 @@ import torch
 from conftest import KINDS, SCRIPTS, TINY, error_line, flags, load
 from PIL import Image
 
-import cspup128
 import dcgan
-import fashion_keras_port
 
 FORKS = multiprocessing.get_context("forkserver")  # whose processes begin with these imported
 FORKS.set_forkserver_preload(["torch", "torchvision", "tqdm.auto"])
@@ -46,7 +44,7 @@ def same_run(a, b):
     rows = [[dict(row, seconds=0) for row in rows_of(out)] for out in (a, b)]
     assert rows[0] == rows[1] != []
     made = [{path.relative_to(out): path.read_bytes() for path in out.rglob("*.png")} for out in (a, b)]
-    assert made[0] == made[1] and len(made[0]) > 1
+    assert made[0] == made[1] != {}
     assert not list(b.rglob(".part-*"))
 
 
@@ -68,7 +66,7 @@ def test_a_run_leaves_the_whole_folder(script, root, tmp_path, capsys):
     out = tmp_path / "run"
     script.main(flags(script, root, out, "--epochs", 3))
     names = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
-    pictures = {*(f"samples/epoch_{i:04d}.png" for i in (1, 2, 3)), "samples/real.png"}
+    pictures = {f"samples/epoch_{i:04d}.png" for i in (1, 2, 3)}
     assert names == {"config.json", "metrics.csv", "checkpoint.pt", "models.pth"} | pictures
     for picture in pictures:
         assert np.asarray(Image.open(out / picture).convert("L")).std() > 5
@@ -76,7 +74,7 @@ def test_a_run_leaves_the_whole_folder(script, root, tmp_path, capsys):
     used = config["used"]
     assert config["width"] == script.parse(TINY[script])[0].width
     assert config["seed"] == 0 and (script is not dcgan or config["augment"] is True)
-    assert (used["pictures"], used["processes"], used["device"], used["precision"]) == (40, 1, "cpu", "fp32")
+    assert (used["pictures"], used["device"], used["precision"]) == (40, "cpu", "fp32")
     assert used["torch"] == torch.__version__ and used["gan_ops"] == script.GAN_OPS
     said = capsys.readouterr().out
     assert all(f"{name} {used[name]}" in said for name in ("pictures", "device", "precision", "gan_ops"))
@@ -93,12 +91,12 @@ def test_a_run_leaves_the_whole_folder(script, root, tmp_path, capsys):
         network.load_state_dict(models[name])
 
 
-def test_metrics_are_the_means_of_ten_steps(root, tmp_path, monkeypatch):
+def test_metrics_are_of_every_tenth_step_and_of_the_last(root, tmp_path, monkeypatch):
     stand_in(monkeypatch, dcgan)
     dcgan.main(flags(dcgan, root, tmp_path, "--steps", 23))
     rows = rows_of(tmp_path)
     assert [(r["step"], r["epoch"], r["images"]) for r in rows] == [(10, 2, 80), (20, 4, 160), (23, 5, 184)]
-    assert [r["loss_d"] for r in rows] == [-r["loss_g"] for r in rows] == [5.5, 15.5, 22.0]
+    assert [r["loss_d"] for r in rows] == [-r["loss_g"] for r in rows] == [10, 20, 23]
     one = 1 / (1 + math.exp(-1))
     assert all((r["d_real"], r["d_fake"]) == pytest.approx((one, 1 - one), rel=1e-6) for r in rows)
 
@@ -136,11 +134,10 @@ def test_a_run_in_parts_is_the_whole_run_bit_for_bit(kind, root, tmp_path, monke
     same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_resuming_where_there_is_nothing_yet_starts_and_says_so(root, tmp_path, capsys):
-    for steps, said in (1, True), (2, False):
+def test_resuming_where_there_is_nothing_yet_starts(root, tmp_path):
+    for steps in 1, 2:
         dcgan.main(flags(dcgan, root, tmp_path / "run", "--steps", steps, "--resume"))
         assert load(tmp_path / "run" / "checkpoint.pt")["step"] == steps
-        assert ("a new run begins" in capsys.readouterr().out) == said
 
 
 def test_a_second_run_does_not_take_the_place_of_the_first(script, trained, root, fails):
@@ -165,16 +162,11 @@ def test_a_finished_run_that_is_stopped_says_at_which_step(trained, script, monk
 
 
 @pytest.mark.parametrize("argv, words", [
-    ("--batch-size 4", "batch"), ("--classes a b", "pictures"), ("--width 3", "--width"),
-    ("processes", "processes"), ("data", "pictures"), ("renamed", "set")])
-def test_going_on_as_something_else_is_refused(script, argv, words, trained, root, tmp_path, fails,
-                                               monkeypatch):
+    ("--batch-size 4", "batch"), ("--classes a b", "other pictures"), ("--width 3", "--width"),
+    ("data", "other pictures"), ("renamed", "other pictures")])
+def test_going_on_as_something_else_is_refused(script, argv, words, trained, root, fails):
     """Epochs and counts would be wrong, or the network another."""
     before = (trained / "checkpoint.pt").read_bytes()
-    if argv == "processes":  # as torchrun would say it; no group is made
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        monkeypatch.setattr(script.dist, "init_process_group", lambda *given, **options: None)
-        monkeypatch.setattr(script.dist, "barrier", lambda: None)
     if argv == "data": Image.new("L", (30, 30), 99).save(root / "set" / "a" / "new.png")
     if argv == "renamed": (root / "set" / "a" / "0.png").rename(root / "set" / "a" / "new.png")
     try:
@@ -190,11 +182,11 @@ def test_a_resumed_run_keeps_what_it_was_told(root, tmp_path):
     """Precision, device and all else that is not given again; what is given again counts."""
     dcgan.main(flags(dcgan, root, tmp_path, "--steps", 1, "--seed", 5, "--no-augment", "--save-every", 3,
                      "--no-fused"))
-    dcgan.main(["--resume", "--out", str(tmp_path), "--steps", "2", "--betas", "0.4", "0.9"])
+    dcgan.main(["--resume", "--out", str(tmp_path), "--steps", "2", "--d-lr", "0.5"])
     config = json.loads((tmp_path / "config.json").read_text())
     kept = [config[name] for name in ("seed", "augment", "save_every", "no_fused", "batch_size", "device",
-                                      "precision", "betas")]
-    assert kept == [5, False, 3, True, 8, "cpu", "fp32", [0.4, 0.9]] and config["used"]["precision"] == "fp32"
+                                      "precision", "d_lr")]
+    assert kept == [5, False, 3, True, 8, "cpu", "fp32", 0.5] and config["used"]["precision"] == "fp32"
 
 
 # Stopped
@@ -307,60 +299,12 @@ def test_interrupted_before_the_first_step_ends_in_one_line(root, tmp_path, monk
 def test_a_loss_that_is_not_finite_stops_the_run_after_what_is_finite_was_saved(value, root, tmp_path,
                                                                                 monkeypatch, fails):
     with monkeypatch.context() as patch:
-        stand_in(patch, dcgan, lambda step: value if step == 15 else 1.0)
+        stand_in(patch, dcgan, lambda step: value if step >= 15 else 1.0)
         line = fails(dcgan, *flags(dcgan, root, tmp_path, "--steps", 40, "--save-every", 0))
     assert "no finite loss at step 20" in line and "--lr" in line and "--precision fp32" in line
     assert load(tmp_path / "checkpoint.pt")["step"] == 10
     dcgan.main(["--resume", "--out", str(tmp_path), "--steps", "20", "--lr", "1e-5"])
     assert load(tmp_path / "checkpoint.pt")["step"] == 20
-
-
-def rows(count, d_real=0.55, d_fake=0.45):
-    """Rows as worries() takes them, ten steps each."""
-    return [[10 * i, 1, 1.0, 80 * i, 1.0, 1.0, d_real, d_fake] for i in range(count)]
-
-
-def faces(different, count=64):
-    """uint8 count,3,32,32 of so many different drawn faces, each with a little noise of its own."""
-    drawn = [torch.from_numpy(np.array(cspup128.draw_picture(i).resize((32, 32)))) for i in range(different)]
-    pictures = torch.stack(drawn).permute(0, 3, 1, 2)[torch.arange(count) % different].float()
-    return (pictures + 4 * torch.randn(pictures.shape)).clamp(0, 255).byte()
-
-
-@pytest.mark.parametrize("made, real, count, worried", [(64, 64, 50, 0), (52, 64, 50, 0), (40, 64, 50, 1),
-                                                        (6, 64, 50, 1),
-                                                        (1, 64, 50, 1), (6, 64, 49, 0), (6, 6, 50, 0)])
-def test_samples_that_repeat_themselves_earn_a_line(made, real, count, worried):
-    """Each sample's nearest other one, against the same among real pictures, which may repeat too."""
-    found = list(dcgan.worries(rows(count), faces(made), faces(real)))
-    assert len(found) == worried and all("repeat themselves" in line for line in found)
-
-
-@pytest.mark.parametrize("ahead, count, said", [
-    (0.97, 20, "has won"), (0.97, 19, None), (0.9, 20, None), (0.0, 20, "guesses"), (-0.1, 30, "guesses"),
-    (0.0, 19, None), (0.005, 20, None)])
-def test_a_discriminator_that_has_won_or_only_guesses_earns_a_line(ahead, count, said):
-    found = list(dcgan.worries(rows(count, 0.5 + ahead / 2, 0.5 - ahead / 2), faces(64), faces(64)))
-    assert [said in line for line in found] == [True] * bool(said)
-
-
-@pytest.mark.parametrize("low, high, worried", [(0, 8, 1), (250, 255, 1), (100, 110, 1), (0, 255, 0),
-                                                (0, 80, 0)])
-def test_real_pictures_that_are_all_one_colour_or_nearly_black_earn_a_line(low, high, worried):
-    real = torch.randint(low, high + 1, (64, 1, 28, 28), dtype=torch.uint8)
-    assert ["one colour" in line for line in dcgan.worries(rows(1), faces(64), real)] == [True] * worried
-
-
-def test_only_the_last_200_steps_count_and_a_run_says_each_worry_once(root, tmp_path, monkeypatch, capsys):
-    won, well = rows(20, 0.99, 0.01), rows(20)
-    assert list(dcgan.worries(won + well, faces(64), faces(64))) == list(dcgan.worries(well + won[1:]
-                                                                                       + well[:1], faces(
-        64), faces(64))) == []
-    stand_in(monkeypatch, dcgan)
-    monkeypatch.setattr(dcgan, "worries", lambda *given: ["oh", "no"])
-    dcgan.main(flags(dcgan, root, tmp_path, "--epochs", 3))
-    said = "".join(capsys.readouterr())
-    assert said.count("warning: oh") == said.count("warning: no") == 1
 
 
 # Devices
@@ -376,8 +320,7 @@ def test_the_best_device_and_precision_are_taken_and_a_gpu_that_cannot_is_named(
     def no_kernel(*size, device, **options):
         raise RuntimeError("CUDA error: no kernel image is available\nmore")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for name, result in (("set_device", None), ("Stream", None), ("set_stream", None),
-                         ("get_device_capability", (6, 0))):
+    for name, result in (("Stream", None), ("set_stream", None), ("get_device_capability", (6, 0))):
         monkeypatch.setattr(torch.cuda, name, lambda *given, result=result: result)
     monkeypatch.setattr(torch, "ones", no_kernel)
     for flag in [], ["--device", "cuda"]:

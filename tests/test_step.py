@@ -1,8 +1,6 @@
-"""The training step: against plain PyTorch written out here, in two processes, by gan_ops."""
+"""The training step: against plain PyTorch written out here, by gan_ops."""
 import copy
 import itertools
-import os
-import subprocess
 import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -97,7 +95,7 @@ def relativistic(G, D, opt_g, opt_d, args, _, real, z):
              "bce": (lambda r, f: loss_of(r, 1.0) + loss_of(f, 0.0), lambda r, f: loss_of(f, 1.0)),
              "hinge": (lambda r, f: (1 - r).clamp(min=0).mean() + (1 + f).clamp(min=0).mean(), lambda r, f:
                        -f.mean())}
-    of_d, of_g = {**kinds, "logits": kinds["bce"]}[args.loss]
+    of_d, of_g = kinds[args.loss]
     r = D(real)
     loss_d = of_d(r, D(fake.detach()))
     penalty = sum((slopes(D, x[:3]) ** 2).mean() for x in (real, fake)) if args.gamma else 0  # half of 6
@@ -145,7 +143,7 @@ STEPS = [(dcgan, plain, ""), (dcgan, plain, "--augment"), (dcgan, plain, "--reci
          (cgan_residual, plain, ""),
          *((cspup128, relativistic, more) for more in (
              "", "--gamma 0", "--scheme exact --d-every 2", "--loss hinge --d-every 3",
-             "--loss logits --up deconv")),
+             "--loss bce --up deconv")),
          *((fashion_keras_port, keras_loop, f"{arch} --loss {loss}")
            for loss in ("bce", "hinge", "lsgan", "wgan-gp") for arch in ("", "--arch dcgan --conditional")),
          *((fashion_keras_port, keras_loop, f"--arch style --conditional --loss {loss}")
@@ -222,9 +220,9 @@ def test_fp16_takes_second_derivatives_in_fp32():
     assert seen[:6] == [torch.float32] * 4 + [torch.float16] * 2 and seen[6:] == [torch.float16] * 6
 
 
-def test_two_learning_rates_and_betas_reach_the_optimisers(script, root, tmp_path):
-    script.main(flags(script, root, tmp_path, "--steps", 1, "--lr", 0.003, "--d-lr", 0.004, "--betas", 0.4,
-                      0.9))
+def test_two_learning_rates_and_the_recipes_betas_reach_the_optimisers(script, root, tmp_path, monkeypatch):
+    set_in_recipes(monkeypatch, script, betas=[0.4, 0.9])
+    script.main(flags(script, root, tmp_path, "--steps", 1, "--lr", 0.003, "--d-lr", 0.004))
     saved = load(tmp_path / "checkpoint.pt")
     groups = [saved[name]["param_groups"][0] for name in ("opt_g", "opt_d")]
     assert [list(group["betas"]) for group in groups] == [[0.4, 0.9]] * 2
@@ -325,68 +323,6 @@ def test_what_a_step_is_given(script, more, views, root, tmp_path, monkeypatch):
     if views == 1:  # every picture once in each epoch, in another order
         torch.testing.assert_close(epochs[0].sort()[0], epochs[1].sort()[0])
         assert not torch.equal(epochs[0], epochs[1])
-
-
-# Several processes
-
-def launch(script, argv, processes=1, driver=None):
-    """Run the script, or a program around it, in processes of its own."""
-    command = ["-m", "torch.distributed.run", "--standalone",
-               f"--nproc-per-node={processes}"] * (processes > 1)
-    done = subprocess.run([sys.executable, *command, driver or script.__file__, *argv], capture_output=True,
-                          text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
-def test_two_processes_at_half_the_batch_train_as_one_at_the_whole(root, tmp_path):
-    """--scheme exact has no batch norm, so they agree to rounding; metrics.csv is of both processes.
-
-    By how far the weights moved, as Adam turns the rounding of a gradient near 0 into a step.
-    """
-    more = ["--scheme", "exact", "--no-flip", "--width", "4", "--steps", "20"]
-    launch(cspup128, [*flags(cspup128, root, tmp_path / "one"), *more])
-    launch(cspup128, [*flags(cspup128, root, tmp_path / "two"), *more, "--batch-size", "4"], 2)
-    one, two = (load(tmp_path / name / "checkpoint.pt") for name in ("one", "two"))
-    torch.manual_seed(0)
-    start = dict(zip("GD", cspup128.make_networks(cspup128.parse(more)[0])))
-    for name, network in start.items():
-        a, b, c = (torch.cat([v.flatten() for v in state.values()]) for state in (one[name], two[name],
-                                                                                  network.state_dict()))
-        assert (a - b).norm() < 0.02 * (a - c).norm()
-    rows = [(tmp_path / name / "metrics.csv").read_text().split()[-1].split(",") for name in ("one", "two")]
-    assert rows[0][3] == rows[1][3] == "160"
-    assert list(map(float, rows[0][4:])) == pytest.approx(list(map(float, rows[1][4:])), rel=1e-3)
-
-
-def test_each_process_has_its_pictures_and_its_noise_and_they_stay_alike(root, tmp_path):
-    """What two processes draw, in and around train_step, differs; their weights do not."""
-    driver = tmp_path / "driver.py"
-    driver.write_text(f"""
-import os, sys
-sys.path.insert(0, {os.path.dirname(dcgan.__file__)!r})
-import torch
-import fashion_keras_port as script
-step, rank, seen = script.train_step, os.environ["RANK"], []
-def record(nets, args, real, z, *labels):
-    drawn = torch.Generator().set_state(torch.get_rng_state())
-    seen.append(torch.cat([x.flatten() for x in (real, z, torch.randn(9, generator=drawn))]))
-    made = step(nets, args, real, z, *labels)
-    torch.save([seen, nets.G.state_dict(), nets.D.state_dict()], {str(tmp_path)!r} + "/" + rank)
-    return made
-script.train_step = record
-script.main()
-""")
-    out = tmp_path / "run"
-    said = launch(None, flags(fashion_keras_port, root, out, "--steps", 12, "--batch-size", 4), 2, driver)
-    (seen, G, D), (seen2, G2, D2) = load(tmp_path / "0"), load(tmp_path / "1")
-    for a, b in zip(seen, seen2, strict=True):
-        assert not torch.equal(a[:784], b[:784]) and not torch.equal(a[-9:], b[-9:])
-    for mine, other in (G, G2), (D, D2):  # but for the statistics, which are each process's own
-        assert all(torch.equal(value, other[name]) for name, value in mine.items() if "running" not in name)
-    assert "processes 2" in said and load(out / "checkpoint.pt")["step"] == 12
-    assert [row.split(",")[:4:3] for row in (out / "metrics.csv").read_text().split()[1:]] == [["10", "80"],
-                                                                                               ["12", "96"]]
 
 
 # gan_ops

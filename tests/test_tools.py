@@ -28,6 +28,7 @@ from torch import nn
 
 import classifier
 import common
+import cspup128
 import evaluate
 import explore
 import export
@@ -812,7 +813,7 @@ def test_classes_of_a_model_without(runs, capsys):
 def drawn_run(runs, tmp_path_factory):
     """A run folder of 130 epochs with its pictures; those of the last epoch are white."""
     out = shutil.copytree(runs["dcgan"], tmp_path_factory.mktemp("explore") / "run")
-    size = Image.open(out / "samples" / "real.png").size
+    size = Image.open(out / "samples" / "epoch_0001.png").size
     for i in range(2, 131):
         Image.new("RGB", size, (255, 255, 255) if i == 130 else (i, 0, 0)).save(out / "samples" / f"epoch_{i:04d}.png")
     explore.main(["run", str(out)])
@@ -821,8 +822,11 @@ def drawn_run(runs, tmp_path_factory):
 
 def test_the_curves_of_a_run_and_its_pictures_beside_real_ones(drawn_run, monkeypatch):
     for name in "losses.png", "scores.png": assert np.asarray(Image.open(drawn_run / name)).std() > 5
-    both, real = (np.asarray(Image.open(drawn_run / name)) for name in ("comparison.png", "samples/real.png"))
+    both = np.asarray(Image.open(drawn_run / "comparison.png"))
+    config, _ = explore.samples_of(drawn_run)
+    real = np.asarray(explore.to_grid(*explore.real_pictures(config)))
     assert (both[:, : real.shape[1]] == real).all() and (both[:, real.shape[1] :] == 255).all()
+    assert real.std() > 5
     drawn = []
     monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda axes, x, y, label, **style: drawn.append((label, *y)))
     monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda axes: None)
@@ -837,6 +841,58 @@ def test_the_animation_of_many_epochs_ends_with_the_last(drawn_run):
         assert film.n_frames == 65
         film.seek(64)
         assert film.convert("L").getpixel((50, 50)) > 250
+
+
+def rows(count, d_real=0.55, d_fake=0.45):
+    """Rows of metrics.csv, ten steps apart, as far as worries() reads them."""
+    return np.rec.fromarrays([np.full(count, d_real), np.full(count, d_fake)], names="d_real,d_fake")
+
+
+def faces(different, count=64):
+    """uint8 count,3,32,32 of so many different drawn faces, each with a little noise of its own."""
+    drawn = [torch.from_numpy(np.array(cspup128.draw_picture(i).resize((32, 32)))) for i in range(different)]
+    pictures = torch.stack(drawn).permute(0, 3, 1, 2)[torch.arange(count) % different].float()
+    return (pictures + 4 * torch.randn(pictures.shape)).clamp(0, 255).byte()
+
+
+@pytest.mark.parametrize("made, real, count, worried", [(64, 64, 50, 0), (52, 64, 50, 0), (40, 64, 50, 1),
+                                                        (6, 64, 50, 1),
+                                                        (1, 64, 50, 1), (6, 64, 49, 0), (6, 6, 50, 0)])
+def test_samples_that_repeat_themselves_earn_a_line(made, real, count, worried):
+    """Each sample's nearest other one, against the same among real pictures, which may repeat too."""
+    found = list(explore.worries(rows(count), faces(made), faces(real)))
+    assert len(found) == worried and all("repeat themselves" in line for line in found)
+
+
+@pytest.mark.parametrize("ahead, count, said", [
+    (0.97, 20, "has won"), (0.97, 19, None), (0.9, 20, None), (0.0, 50, "guesses"), (-0.1, 60, "guesses"),
+    (0.0, 49, None), (0.005, 50, None)])
+def test_a_discriminator_that_has_won_or_only_guesses_earns_a_line(ahead, count, said):
+    found = list(explore.worries(rows(count, 0.5 + ahead / 2, 0.5 - ahead / 2), faces(64), faces(64)))
+    assert [said in line for line in found] == [True] * bool(said)
+
+
+@pytest.mark.parametrize("low, high, worried", [(0, 8, 1), (250, 255, 1), (100, 110, 1), (0, 255, 0),
+                                                (0, 80, 0)])
+def test_real_pictures_that_are_all_one_colour_or_nearly_black_earn_a_line(low, high, worried):
+    real = torch.randint(low, high + 1, (64, 1, 28, 28), dtype=torch.uint8)
+    assert ["one colour" in line for line in explore.worries(rows(1), faces(64), real)] == [True] * worried
+
+
+@pytest.mark.parametrize("ahead, repeated, said", [(0.1, False, []), (0.1, True, ["the samples repeat"]), (
+    0.99, False, ["the discriminator has won"])])
+def test_a_run_is_looked_at_by_its_last_rows_and_its_last_samples(ahead, repeated, said, runs, tmp_path, capsys):
+    """The last samples are the real pictures here, or some of these again and again."""
+    out, columns = shutil.copytree(runs["dcgan"], tmp_path / "run"), ["loss_d", "loss_g", "d_real", "d_fake"]
+    values = [[10 * i, 1, i, 80 * i, 1, 1, 0.5 + ahead / 2 * (i > 9), 0.5 - ahead / 2] for i in range(60)]
+    np.savetxt(out / "metrics.csv", values, "%g", ",", comments="",
+               header=",".join(["step", "epoch", "seconds", "images", *columns]))
+    real, columns = explore.real_pictures(explore.samples_of(out)[0])
+    shown = real[torch.arange(64) % 4] if repeated else real
+    explore.to_grid(shown, columns).save(out / "samples" / "epoch_0002.png")
+    explore.main(["run", str(out)])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "warning: " in line]
+    assert len(lines) == len(said) and all(word in line for word, line in zip(said, lines))
 
 
 def test_a_folder_without_samples_or_metrics_is_no_run(runs, tmp_path, capsys):

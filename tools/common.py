@@ -3,6 +3,8 @@ import argparse, importlib, os, sys
 from pathlib import Path
 
 import torch
+from PIL import Image
+from torchvision.utils import make_grid
 
 SCRIPTS = "dcgan", "cspup128", "cgan_residual", "fashion_keras_port"
 
@@ -20,6 +22,11 @@ def guarded(work, *arguments):
     except (Exception, KeyboardInterrupt) as error:
         if "GAN_DEBUG" in os.environ: raise
         fail(f"{type(error).__name__}: {error} (GAN_DEBUG=1 shows where)")
+
+
+def to_grid(images, columns):
+    """uint8 N,C,H,W as one PIL picture."""
+    return Image.fromarray(make_grid(images, columns).permute(1, 2, 0).numpy())
 
 
 def script_named(name):

@@ -1,13 +1,13 @@
 """Pictures that show how a run went, and what trained generators have learnt.
 
-    python tools/explore.py run runs/dcgan                          # curves, real beside generated, animation
+    python tools/explore.py run runs/dcgan                          # curves, animation, warnings of collapse
     python tools/explore.py run runs/dcgan --logger tensorboard     # and its metrics there; or wandb
     python tools/explore.py walk runs/dcgan --save walk.gif         # through z, in a circle; or .png, in rows
     python tools/explore.py classes runs/cgan_residual              # one noise in a row, through all classes
     python tools/explore.py table runs/forest runs/mountain         # of each run real, early, late pictures
 
 `walk` and `classes` take a run folder, a models.pth or a checkpoint.pt; `run` and `table` run folders, also of a
-run that is still going on, as far as it has saved.
+run that is still going on, as far as it has saved. These two open the run's pictures, --data, for real ones.
 """
 import argparse, functools, json, math, zlib
 from pathlib import Path
@@ -15,20 +15,41 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch.nn import functional as F
 
-from common import fail, guarded, load
+from common import fail, guarded, load, script_named, to_grid
 
 def samples_of(run):
-    """(the picture of real ones, the pictures of generated ones in order) in a run folder."""
+    """(configuration, the pictures of generated ones in order) of a run folder."""
     files = sorted(Path(run, "samples").glob("epoch_*.png"))
     if not files: fail(f"{run} is no run folder with samples in it, the first of which an epoch's end makes")
-    return Path(run, "samples", "real.png"), files
+    return json.loads(Path(run, "config.json").read_text()), files
+
+def real_pictures(config):
+    """As many pictures of a run's --data as its samples are, uint8 N,C,H,W, and how many are in a row."""
+    script = script_named(config["script"])
+    pack, _ = script.load_pack(argparse.Namespace(**config))
+    rows = np.linspace(0, len(pack) - 1, script.PER_ROW**2).astype(int)
+    return torch.from_numpy(pack[rows]).permute(0, 3, 1, 2), script.PER_ROW
+
+def worries(rows, fake, real):
+    """Lines on what has gone wrong, by the rows of metrics.csv and pictures (uint8 N,C,H,W) made and real."""
+    ahead = rows["d_real"] - rows["d_fake"]
+    if len(rows) >= 20 and ahead[-20:].min() > 0.95: yield "the discriminator has won: a lower --d-lr may help"
+    if len(rows) >= 50 and ahead[-50:].mean() < 0.002:
+        yield "the discriminator guesses: a higher --d-lr may help"
+    if real.float().std() < 8: yield "the pictures of --data are nearly all of one colour, or black"
+    flat = (F.adaptive_avg_pool2d(images.float(), 16).flatten(1) for images in (fake, real))
+    made, true = (torch.cdist(x, x).fill_diagonal_(math.inf).amin(1).median() for x in flat)
+    if len(rows) >= 50 and made < 0.4 * true: yield "the samples repeat themselves"
 
 def run(options):
-    """Into a run folder: losses.png, scores.png, comparison.png (real pictures on the left), evolution.gif."""
+    """Into a run folder: losses.png, scores.png, comparison.png (real pictures on the left), evolution.gif.
+
+    A discriminator that has won or guesses, or samples that repeat themselves, earn a line.
+    """
     from matplotlib.figure import Figure  # here, as it takes half a second
-    folder, (real, files) = Path(options.run), samples_of(options.run)
-    config = json.loads((folder / "config.json").read_text())
+    folder, (config, files) = Path(options.run), samples_of(options.run)
     rows = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True, ndmin=1)
     curves = dict(losses=("loss", "loss_d", "loss_g"), scores=("probability of being real", "d_real", "d_fake"))
     for name, (unit, *columns) in curves.items():
@@ -37,11 +58,14 @@ def run(options):
         for column in columns: axes.plot(rows["step"], rows[column], label=column, linewidth=1)
         axes.legend()
         figure.savefig(folder / f"{name}.png")
-    left, right = Image.open(real), Image.open(files[-1])
-    both = Image.new(left.mode, (2 * left.width, left.height))
-    both.paste(left, (0, 0))
-    both.paste(right, (left.width, 0))
+    last, (real, columns) = Image.open(files[-1]), real_pictures(config)
+    both = Image.new("RGB", (2 * last.width, last.height))
+    both.paste(to_grid(real, columns), (0, 0))
+    both.paste(last, (last.width, 0))
     both.save(folder / "comparison.png")
+    tiles = torch.from_numpy(np.array(last)).permute(2, 0, 1)[: real.shape[1], 2:, 2:]  # C,H,W
+    for side in 1, 2: tiles = tiles.unfold(side, config["size"], config["size"] + 2)  # C,rows,columns,h,w
+    for worry in worries(rows, tiles.flatten(1, 2).transpose(0, 1), real): print(f"warning: {worry}")
     files = files[:: -(len(files) // 100) - 1][::-1]  # about 100, and the last one always
     first, *rest = (ImageOps.contain(Image.open(file), (512, 512)) for file in files)
     first.save(folder / "evolution.gif", save_all=True, append_images=rest, duration=250, loop=0)
@@ -76,11 +100,11 @@ def walk(options):
     circle = (math.cos(turn) * a + math.sin(turn) * b for turn in turns)  # as long as a and b all the way
     pictures = [script.sample(generator, torch.where(held, a, z)) for z in circle]
     if path.suffix == ".png":
-        image = script.to_grid(torch.stack(pictures, 1).flatten(0, 1), options.steps)
+        image = to_grid(torch.stack(pictures, 1).flatten(0, 1), options.steps)
         script.write(path, image.save)
     else:
         columns = math.ceil(options.count**0.5)
-        first, *rest = (ImageOps.contain(script.to_grid(x, columns), (512, 512)) for x in pictures)
+        first, *rest = (ImageOps.contain(to_grid(x, columns), (512, 512)) for x in pictures)
         save = functools.partial(first.save, save_all=True, append_images=rest, duration=80, loop=0)
         script.write(path, save)
     print(f"a walk of {options.steps} steps: {path}")
@@ -93,7 +117,7 @@ def classes(options):
     if not names: fail(f"{options.run} is of a model that was trained without classes")
     z = script.draw_z(args, options.count).repeat_interleave(len(names), 0)  # count * classes,K+Z
     z[:, : len(names)] = torch.eye(len(names)).repeat(options.count, 1)
-    script.write(path, script.to_grid(script.sample(generator, z), len(names)).save)
+    script.write(path, to_grid(script.sample(generator, z), len(names)).save)
     print(f"{options.count} noises through {', '.join(names)}: {path}")
 
 def font_for(text):
@@ -111,16 +135,16 @@ def table(options):
     figure = Figure(figsize=(9.6, 3.4 * len(options.runs)), layout="constrained")
     rows = figure.subplots(len(options.runs), 3, squeeze=False)
     for number, (run, row) in enumerate(zip(options.runs, rows), 1):
-        real, files = samples_of(run)
-        shown = dict(real=real, early=files[len(files) // 20], late=files[-1])
-        side = (Image.open(real).width - 2) // 2 + 2  # a quarter of each grid
-        for axes, (kind, file) in zip(row, shown.items()):
-            title = kind if kind == "real" else f"epoch {int(file.stem[6:])}"
+        config, files = samples_of(run)
+        early_late = [(f"epoch {int(f.stem[6:])}", Image.open(f)) for f in (files[len(files) // 20], files[-1])]
+        shown = [("real", to_grid(*real_pictures(config))), *early_late]
+        side = (shown[0][1].width - 2) // 2 + 2  # a quarter of each grid
+        for axes, (title, picture) in zip(row, shown):
             name = Path(run).resolve().name
             font = font_for(name)
             axes.set_title(f"{name if font else f'run {number}'}, {title}", font=font)
             axes.set(xticks=[], yticks=[])
-            axes.imshow(Image.open(file).crop((0, 0, side, side)))
+            axes.imshow(picture.crop((0, 0, side, side)))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     print(f"{len(options.runs)} runs: {path}")
