@@ -4,8 +4,7 @@
     python cgan_residual.py --data synthetic --steps 600         # drawn digits, no data needed
     python cgan_residual.py --generate 20 --labels 3,7 --checkpoint runs/cgan_residual/models.pth
 
-The generator is told the class one-hot before its noise, the discriminator by projection (Miyato & Koyama
-2018).
+The generator is told the class one-hot before its noise, the discriminator by projection (Miyato & Koyama).
 """
 # %% Imports
 import argparse, copy, functools, glob, itertools, json, math, os, random, signal, sys, threading, time
@@ -36,8 +35,8 @@ except Exception as error:
 
 class BatchNormLeakyReLU(nn.BatchNorm2d):
     """leaky_relu(batch_norm(x), slope), where `fused` by gan_ops; its state_dict is nn.BatchNorm2d's."""
-    def __init__(self, channels, slope):
-        super().__init__(channels)
+    def __init__(self, channels, slope, **options):
+        super().__init__(channels, **options)
         self.slope, self.fused = slope, False
 
     def forward(self, x):
@@ -60,10 +59,7 @@ class Residual(nn.Module):
         return x + self.layers(x)
 
 class Generator(nn.Module):
-    """One-hot label and noise, concatenated (N,10+246), to pictures (N,1,28,28) in [-1, 1].
-
-    `width`: channels beside the picture.
-    """
+    """One-hot label and noise, concatenated (N,10+246), to pictures (N,1,28,28) in [-1, 1]."""
     def __init__(self, width=16, classes=10, blocks=1, dropout=0.05):
         super().__init__()
         up = functools.partial(nn.ConvTranspose2d, kernel_size=4, stride=2, padding=1, bias=False)
@@ -81,8 +77,7 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Pictures (N,1,28,28), labels (N, or one-hot N,10) to probabilities of being real (N,1), or to logits.
 
-    The logit is a part that knows no class and the features' product with the class's vector (Miyato & Koyama
-    2018). Without labels it is the mean of the logits of all classes.
+    To the logit adds the features' product with the class's vector; without labels, with all vectors' mean.
     """
     def __init__(self, width=16, classes=10, dropout=0.1):
         super().__init__()
@@ -104,8 +99,7 @@ class Discriminator(nn.Module):
 def make_networks(args):
     """(generator, discriminator) for the classes args.names.
 
-    The generator's weights are DCGAN's, N(0, 0.02); the discriminator's PyTorch's own: with nothing that
-    normalises in it and few channels, DCGAN's would leave its logits near 0 for a long time.
+    Only the generator's weights are DCGAN's, N(0, 0.02): the other's logits would stay near 0 for long.
     """
     G = Generator(args.width, len(args.names), args.blocks)
     for module in G.modules():
@@ -117,8 +111,8 @@ def make_networks(args):
 def train_step(nets, args, real, z, labels):
     """A step of both networks on real pictures (N,1,28,28), z (N,246) and one-hot labels (N,10).
 
-    What is generated gets the labels of the real pictures. The discriminator judges both in one pass, as
-    nothing in it couples a batch. It never waits for the GPU. Returns the losses, and the logits of both.
+    What is generated gets the labels of the real pictures; both are judged in one pass, as nothing in the
+    discriminator couples a batch. Returns the losses, and the logits of both.
     """
     nets.D.requires_grad_(True)
     with nets.autocast():
@@ -215,7 +209,7 @@ def square(image, size, channels):
     image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at a fraction of its size
     image, mode = ImageOps.exif_transpose(image), "L" if channels == 1 else "RGB"
     if image.mode[0] in "IF":  # grey of 16 bits, of which 12 may be in use, or of numbers up to 1
-        values, tops = np.asarray(image, np.float32).clip(0), (1, 255, 4095, 65535, math.inf)
+        values, tops = np.asarray(image, np.float32).clip(0), (1, 255, 4095, 65535, 2**32)
         image = Image.fromarray(np.uint8(values * 255 / next(top for top in tops if top >= values.max())))
     if image.has_transparency_data and (image := image.convert("RGBA")).getextrema()[3][0] < 255:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -276,7 +270,7 @@ def batches(arrays, args, device, step):
 def write(path, make):
     """Have make(part) make a file beside `path`, flush it and rename it: whole, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".part-{path.name}")
+    part = path.with_name(f".part-{os.getpid()}-{path.name}")  # two runs may pack the same pictures
     make(part)
     with open(part, "rb+") as file: os.fsync(file.fileno())
     os.replace(part, path)
@@ -299,7 +293,7 @@ def generate(args, saved):
     if path.suffix == ".npz":
         arrays = dict(images=pixels) if labels is None else dict(images=pixels, labels=labels)
         write(path, lambda part: np.savez(part.open("wb"), **arrays))
-    elif path.suffix == ".png":
+    elif path.suffix:
         write(path, functools.partial(save_image, images / 255, nrow=math.ceil(args.generate**0.5)))
     else:  # a folder for each class, as --data takes them
         for i, image in enumerate(pixels):
@@ -383,7 +377,7 @@ def train(args, saved):
             if value.is_floating_point(): average.lerp_(value, weight)
         return torch.stack([loss_d, loss_g, *(logit.sigmoid().mean() for logit in logits)]).detach()
     # Run folder
-    print(*(f"{name} {value}" for name, value in args.used.items()), f"into {out}", sep="; ", flush=True)
+    print("; ".join(f"{n} {v}" for n, v in args.used.items()) + f"; into {out} after step {start}", flush=True)
     write(out / "config.json", lambda part: part.write_text(json.dumps(vars(args), indent=2)))
     # Steps
     source, fixed = batches(arrays, args, device, start), draw_z(args, PER_ROW**2)
@@ -443,9 +437,9 @@ def parse(argv):
     # --- shared: command line ---
     add("--root", default="data", help="folder of the named sets and of decoded pictures (data)")
     add("--classes", nargs="+", default=[], help="only these subfolders of --data")
-    add("--epochs", type=int, help="the end of a run (20, or the more that 5000 steps are)")
+    add("--epochs", type=int, help="the end of a run (20, but at least 5000 steps)")
     add("--steps", type=int, help="the same, in steps; whichever comes first")
-    add("--batch-size", type=int, default=64, help="pictures a step, in each process (64)")
+    add("--batch-size", type=int, default=64, help="pictures a step (64)")
     add("--lr", type=float, help="Adam's learning rate for the generator (by recipe)")
     add("--d-lr", type=float, help="and for the discriminator (by recipe)")
     add("--flip", action=switch, help="mirror half of the pictures (by recipe)")
@@ -467,7 +461,7 @@ def parse(argv):
             assert saved["config"]["script"] == SCRIPT, f"it is of {saved['config']['script']}.py"
         except Exception as error:  # a missing, cut or foreign file fails in many ways
             fail(f"{path} is no checkpoint of {SCRIPT}.py: {error}")
-        kept = dict(saved["config"], generate=None) | (dict(device="auto") if given.generate else {})
+        kept = dict(saved["config"], generate=None, out=given.out)
         if given.epochs or given.steps: kept.update(epochs=None, steps=None)  # a new end, no second one
     parser.set_defaults(**dict(RECIPES[given.recipe], script=SCRIPT) | kept)
     args = parser.parse_args(argv)

@@ -35,8 +35,8 @@ except Exception as error:
 
 class BatchNormLeakyReLU(nn.BatchNorm2d):
     """leaky_relu(batch_norm(x), slope), where `fused` by gan_ops; its state_dict is nn.BatchNorm2d's."""
-    def __init__(self, channels, slope):
-        super().__init__(channels)
+    def __init__(self, channels, slope, **options):
+        super().__init__(channels, **options)
         self.slope, self.fused = slope, False
 
     def forward(self, x):
@@ -172,7 +172,7 @@ def square(image, size, channels):
     image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at a fraction of its size
     image, mode = ImageOps.exif_transpose(image), "L" if channels == 1 else "RGB"
     if image.mode[0] in "IF":  # grey of 16 bits, of which 12 may be in use, or of numbers up to 1
-        values, tops = np.asarray(image, np.float32).clip(0), (1, 255, 4095, 65535, math.inf)
+        values, tops = np.asarray(image, np.float32).clip(0), (1, 255, 4095, 65535, 2**32)
         image = Image.fromarray(np.uint8(values * 255 / next(top for top in tops if top >= values.max())))
     if image.has_transparency_data and (image := image.convert("RGBA")).getextrema()[3][0] < 255:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -233,7 +233,7 @@ def batches(arrays, args, device, step):
 def write(path, make):
     """Have make(part) make a file beside `path`, flush it and rename it: whole, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".part-{path.name}")
+    part = path.with_name(f".part-{os.getpid()}-{path.name}")  # two runs may pack the same pictures
     make(part)
     with open(part, "rb+") as file: os.fsync(file.fileno())
     os.replace(part, path)
@@ -254,7 +254,7 @@ def generate(args, saved):
     pixels = images.permute(0, 2, 3, 1).squeeze(3).numpy()  # N,H,W,3 or, grey, N,H,W
     if path.suffix == ".npz":
         write(path, lambda part: np.savez(part.open("wb"), images=pixels))
-    elif path.suffix == ".png":
+    elif path.suffix:
         write(path, functools.partial(save_image, images / 255, nrow=math.ceil(args.generate**0.5)))
     else:
         for i, image in enumerate(pixels): write(path / f"{i:06d}.png", Image.fromarray(image).save)
@@ -336,7 +336,7 @@ def train(args, saved):
             if value.is_floating_point(): average.lerp_(value, weight)
         return torch.stack([loss_d, loss_g, *(logit.sigmoid().mean() for logit in logits)]).detach()
     # Run folder
-    print(*(f"{name} {value}" for name, value in args.used.items()), f"into {out}", sep="; ", flush=True)
+    print("; ".join(f"{n} {v}" for n, v in args.used.items()) + f"; into {out} after step {start}", flush=True)
     write(out / "config.json", lambda part: part.write_text(json.dumps(vars(args), indent=2)))
     # Steps
     source, fixed = batches(arrays, args, device, start), draw_z(args, PER_ROW**2)
@@ -397,9 +397,9 @@ def parse(argv):
     # --- shared: command line ---
     add("--root", default="data", help="folder of the named sets and of decoded pictures (data)")
     add("--classes", nargs="+", default=[], help="only these subfolders of --data")
-    add("--epochs", type=int, help="the end of a run (20, or the more that 5000 steps are)")
+    add("--epochs", type=int, help="the end of a run (20, but at least 5000 steps)")
     add("--steps", type=int, help="the same, in steps; whichever comes first")
-    add("--batch-size", type=int, default=64, help="pictures a step, in each process (64)")
+    add("--batch-size", type=int, default=64, help="pictures a step (64)")
     add("--lr", type=float, help="Adam's learning rate for the generator (by recipe)")
     add("--d-lr", type=float, help="and for the discriminator (by recipe)")
     add("--flip", action=switch, help="mirror half of the pictures (by recipe)")
@@ -421,7 +421,7 @@ def parse(argv):
             assert saved["config"]["script"] == SCRIPT, f"it is of {saved['config']['script']}.py"
         except Exception as error:  # a missing, cut or foreign file fails in many ways
             fail(f"{path} is no checkpoint of {SCRIPT}.py: {error}")
-        kept = dict(saved["config"], generate=None) | (dict(device="auto") if given.generate else {})
+        kept = dict(saved["config"], generate=None, out=given.out)
         if given.epochs or given.steps: kept.update(epochs=None, steps=None)  # a new end, no second one
     parser.set_defaults(**dict(RECIPES[given.recipe], script=SCRIPT) | kept)
     args = parser.parse_args(argv)

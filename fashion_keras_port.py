@@ -57,8 +57,8 @@ except Exception as error:
 
 class BatchNormLeakyReLU(nn.BatchNorm2d):
     """leaky_relu(batch_norm(x), slope), where `fused` by gan_ops; its state_dict is nn.BatchNorm2d's."""
-    def __init__(self, channels, slope):
-        super().__init__(channels)
+    def __init__(self, channels, slope, **options):
+        super().__init__(channels, **options)
         self.slope, self.fused = slope, False
 
     def forward(self, x):
@@ -112,12 +112,6 @@ class LeakyReLUBatchNorm(nn.BatchNorm1d):
 # %%
 KERAS_NORM = dict(momentum=0.2, eps=1e-3)
 
-def keras_norm(channels):
-    """Batch norm of N,C,H,W with Keras's numbers, then LeakyReLU."""
-    norm = BatchNormLeakyReLU(channels, slope=0.2)
-    vars(norm).update(KERAS_NORM)
-    return norm
-
 class Styled(nn.Module):
     """A 3x3 convolution of N,C,H,W whose inputs a style (N,128) scales and whose outputs are brought back to
     deviation 1 (Karras et al. 2020); noise, bias and LeakyReLU follow."""
@@ -154,10 +148,7 @@ class StyleGenerator(nn.Module):
         return torch.tanh(picture)
 
 class Generator(nn.Module):
-    """Noise N,100, after a one-hot label where there are `classes`, to pictures (N,1,28,28) in [-1, 1].
-
-    `width`: of the first layer for --arch dense; else the channels beside the picture.
-    """
+    """Noise N,100, after a one-hot label where there are `classes`, to pictures (N,1,28,28) in [-1, 1]."""
     def __init__(self, width=256, classes=0, arch="dense"):
         super().__init__()
         if arch == "dense":
@@ -167,9 +158,10 @@ class Generator(nn.Module):
             layers += nn.Linear(4 * width, 784), nn.Tanh(), nn.Unflatten(1, (1, 28, 28))
         elif arch == "dcgan":
             up = functools.partial(nn.ConvTranspose2d, kernel_size=4, stride=2, padding=1, bias=False)
+            norm = functools.partial(BatchNormLeakyReLU, slope=0.2, **KERAS_NORM)
             layers = [nn.Linear(classes + Z, 4 * width * 49), nn.Unflatten(1, (4 * width, 7, 7)),
-                      keras_norm(4 * width), up(4 * width, 2 * width), keras_norm(2 * width),  # N,32,14,14
-                      up(2 * width, width), keras_norm(width), nn.Conv2d(width, 1, 3, padding=1), nn.Tanh()]
+                      norm(4 * width), up(4 * width, 2 * width), norm(2 * width),  # N,32,14,14
+                      up(2 * width, width), norm(width), nn.Conv2d(width, 1, 3, padding=1), nn.Tanh()]
         else:
             layers = [StyleGenerator(width, classes)]
         self.layers = nn.Sequential(*layers)
@@ -218,26 +210,21 @@ def make_networks(args):
     return nets
 
 class Optimiser(torch.optim.Adam):
-    """Keras's Adam: eps 1e-7 is added before the bias correction, which is in the learning rate of each step.
-
-    PyTorch's own correction is made to be 1 by counting steps from a number at which it is: OFFSET.
-    """
-    OFFSET = 100_000
+    """Keras's Adam: eps 1e-7 is added before the bias correction, which goes into the learning rate."""
+    OFFSET = 100_000  # from which on steps are counted, as PyTorch's own correction is 1 there
 
     def __init__(self, parameters, lr, **options):
         super().__init__(parameters, lr, eps=1e-7, **options)
-        group = self.param_groups[0]
-        for p in group["params"]:
-            count = torch.tensor(float(self.OFFSET), device=p.device if group["fused"] else "cpu")
+        for p in self.param_groups[0]["params"]:
+            count = torch.tensor(float(self.OFFSET), device=p.device if options["fused"] else "cpu")
             self.state[p] = dict(step=count, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
 
     @torch.no_grad()
     def step(self, closure=None):
         group = self.param_groups[0]
-        beta1, beta2 = group["betas"]
+        (beta1, beta2), rate = group["betas"], group["lr"]
         count = self.state[group["params"][0]]["step"] + 1 - self.OFFSET
         if not group["capturable"]: count = count.item()  # on the CPU, where a plain number is quicker
-        rate = group["lr"]
         group["lr"] = rate * (1 - beta2**count) ** 0.5 / (1 - beta1**count)
         super().step(closure)
         group["lr"] = rate
@@ -415,7 +402,7 @@ def square(image, size, channels):
     image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at a fraction of its size
     image, mode = ImageOps.exif_transpose(image), "L" if channels == 1 else "RGB"
     if image.mode[0] in "IF":  # grey of 16 bits, of which 12 may be in use, or of numbers up to 1
-        values, tops = np.asarray(image, np.float32).clip(0), (1, 255, 4095, 65535, math.inf)
+        values, tops = np.asarray(image, np.float32).clip(0), (1, 255, 4095, 65535, 2**32)
         image = Image.fromarray(np.uint8(values * 255 / next(top for top in tops if top >= values.max())))
     if image.has_transparency_data and (image := image.convert("RGBA")).getextrema()[3][0] < 255:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -476,7 +463,7 @@ def batches(arrays, args, device, step):
 def write(path, make):
     """Have make(part) make a file beside `path`, flush it and rename it: whole, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".part-{path.name}")
+    part = path.with_name(f".part-{os.getpid()}-{path.name}")  # two runs may pack the same pictures
     make(part)
     with open(part, "rb+") as file: os.fsync(file.fileno())
     os.replace(part, path)
@@ -499,7 +486,7 @@ def generate(args, saved):
     if path.suffix == ".npz":
         arrays = dict(images=pixels) if labels is None else dict(images=pixels, labels=labels)
         write(path, lambda part: np.savez(part.open("wb"), **arrays))
-    elif path.suffix == ".png":
+    elif path.suffix:
         write(path, functools.partial(save_image, images / 255, nrow=math.ceil(args.generate**0.5)))
     else:  # a folder for each class, as --data takes them
         for i, image in enumerate(pixels):
@@ -583,7 +570,7 @@ def train(args, saved):
             if value.is_floating_point(): average.lerp_(value, weight)
         return torch.stack([loss_d, loss_g, *(logit.sigmoid().mean() for logit in logits)]).detach()
     # Run folder
-    print(*(f"{name} {value}" for name, value in args.used.items()), f"into {out}", sep="; ", flush=True)
+    print("; ".join(f"{n} {v}" for n, v in args.used.items()) + f"; into {out} after step {start}", flush=True)
     write(out / "config.json", lambda part: part.write_text(json.dumps(vars(args), indent=2)))
     # Steps
     source, fixed = batches(arrays, args, device, start), draw_z(args, PER_ROW**2)
@@ -646,9 +633,9 @@ def parse(argv):
     # --- shared: command line ---
     add("--root", default="data", help="folder of the named sets and of decoded pictures (data)")
     add("--classes", nargs="+", default=[], help="only these subfolders of --data")
-    add("--epochs", type=int, help="the end of a run (20, or the more that 5000 steps are)")
+    add("--epochs", type=int, help="the end of a run (20, but at least 5000 steps)")
     add("--steps", type=int, help="the same, in steps; whichever comes first")
-    add("--batch-size", type=int, default=64, help="pictures a step, in each process (64)")
+    add("--batch-size", type=int, default=64, help="pictures a step (64)")
     add("--lr", type=float, help="Adam's learning rate for the generator (by recipe)")
     add("--d-lr", type=float, help="and for the discriminator (by recipe)")
     add("--flip", action=switch, help="mirror half of the pictures (by recipe)")
@@ -670,7 +657,7 @@ def parse(argv):
             assert saved["config"]["script"] == SCRIPT, f"it is of {saved['config']['script']}.py"
         except Exception as error:  # a missing, cut or foreign file fails in many ways
             fail(f"{path} is no checkpoint of {SCRIPT}.py: {error}")
-        kept = dict(saved["config"], generate=None) | (dict(device="auto") if given.generate else {})
+        kept = dict(saved["config"], generate=None, out=given.out)
         if given.epochs or given.steps: kept.update(epochs=None, steps=None)  # a new end, no second one
     parser.set_defaults(**dict(RECIPES[given.recipe], script=SCRIPT) | kept)
     args = parser.parse_args(argv)
