@@ -336,7 +336,7 @@ def train(args, saved):
             if value.is_floating_point(): average.lerp_(value, weight)
         return torch.stack([loss_d, loss_g, *(logit.sigmoid().mean() for logit in logits)]).detach()
     # Run folder
-    print("; ".join(f"{n} {v}" for n, v in args.used.items()) + f"; into {out} after step {start}", flush=True)
+    print("; ".join(f"{n} {v}" for n, v in args.used.items()) + f"; into {out} from step {start}", flush=True)
     write(out / "config.json", lambda part: part.write_text(json.dumps(vars(args), indent=2)))
     # Steps
     source, fixed = batches(arrays, args, device, start), draw_z(args, PER_ROW**2)
