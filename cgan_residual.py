@@ -199,8 +199,8 @@ def find_pictures(data, root):
             torchvision.datasets.CelebA(root, download=True)
         path = Path(next(file for place in places for file in glob.glob(place, recursive=True)))
     if path.is_dir():  # links to folders, which can lead back up, are not followed, but named as left out
-        files = {f.relative_to(path).as_posix(): f for f in path.rglob("*") if f.is_file() or f.is_symlink()}
-        return {n: (f.lstat().st_mtime_ns, functools.partial(Image.open, f)) for n, f in files.items()}
+        tree = {f.relative_to(path).as_posix(): f for f in path.rglob("*") if f.is_file() or f.is_symlink()}
+        return {n: (f.is_file() and f.stat().st_mtime_ns, lambda f=f: Image.open(f)) for n, f in tree.items()}
     archive = zipfile.ZipFile(path)
     return {i.filename: (i.CRC, lambda i=i: Image.open(archive.open(i))) for i in archive.infolist()}
 
@@ -209,7 +209,7 @@ def square(image, size, channels):
     image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at a fraction of its size
     image, mode = ImageOps.exif_transpose(image), "L" if channels == 1 else "RGB"
     if image.mode[0] in "IF":  # grey of 16 bits, of which 12 may be in use, or of numbers up to 1
-        values, tops = np.asarray(image, np.float32).clip(0), (1, 255, 4095, 65535, 2**32)
+        values, tops = np.asarray(image, np.float32).clip(0, 65535), (1, 255, 4095, 65535)
         image = Image.fromarray(np.uint8(values * 255 / next(top for top in tops if top >= values.max())))
     if image.has_transparency_data and (image := image.convert("RGBA")).getextrema()[3][0] < 255:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -227,7 +227,7 @@ def load_pack(args):
     names = sorted(n for n in found if n[-1] != "/" and "/." not in f"/{n}" and "__MACOSX" not in n)
     folders = {folder for n in names for folder in n.split("/")[:-1]}
     if not names or set(args.classes) - folders:
-        fail(f"{args.data} has no pictures in {args.classes or 'it'}; its folders are {sorted(folders)}")
+        fail(f"{args.data} has no pictures in {args.classes or 'it'}; folders, not links: {sorted(folders)}")
     names = [n for n in names if not args.classes or set(n.split("/")[:-1]) & set(args.classes)]
     key = zlib.crc32(repr([args.channels, [(n, found[n][0]) for n in names]]).encode())
     path = Path(args.root, ".packed", f"{Path(args.data).resolve().stem}-{args.size}-{key:08x}.npy")
@@ -293,7 +293,7 @@ def generate(args, saved):
     if path.suffix == ".npz":
         arrays = dict(images=pixels) if labels is None else dict(images=pixels, labels=labels)
         write(path, lambda part: np.savez(part.open("wb"), **arrays))
-    elif path.suffix:
+    elif path.suffix.lower() in Image.registered_extensions():
         write(path, functools.partial(save_image, images / 255, nrow=math.ceil(args.generate**0.5)))
     else:  # a folder for each class, as --data takes them
         for i, image in enumerate(pixels):
@@ -382,11 +382,11 @@ def train(args, saved):
     # Steps
     source, fixed = batches(arrays, args, device, start), draw_z(args, PER_ROW**2)
     many = draw_z(args, 256).to(device)
-    graph, caught, step = None, [], start
+    graph, caught, step, own = None, [], start, torch.default_generator if device.type == "cpu" else torch
     for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():  # others get none
         signal.signal(number, lambda number, frame: caught.append(number))
     for step in (bar := tqdm(range(start + 1, last + 1), SCRIPT, last, initial=start)):
-        torch.manual_seed((args.seed * 1_000_003 + step) % 2**63)  # what is drawn follows from seed and step
+        own.manual_seed((args.seed * 1_000_003 + step) % 2**63)  # what is drawn follows from seed and step
         z = torch.randn(args.batch_size, Z, device=device)
         inputs = [torch.full((), step, device=device), z, *next(source)]
         if device.type == "cuda" and precision != "fp16" and step == start + 4:  # three to warm up
@@ -461,7 +461,7 @@ def parse(argv):
             assert saved["config"]["script"] == SCRIPT, f"it is of {saved['config']['script']}.py"
         except Exception as error:  # a missing, cut or foreign file fails in many ways
             fail(f"{path} is no checkpoint of {SCRIPT}.py: {error}")
-        kept = dict(saved["config"], generate=None, out=given.out)
+        kept = dict(saved["config"], generate=None, out=str(path.parent))
         if given.epochs or given.steps: kept.update(epochs=None, steps=None)  # a new end, no second one
     parser.set_defaults(**dict(RECIPES[given.recipe], script=SCRIPT) | kept)
     args = parser.parse_args(argv)

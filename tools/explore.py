@@ -58,6 +58,10 @@ def run(options):
         for column in columns: axes.plot(rows["step"], rows[column], label=column, linewidth=1)
         axes.legend()
         figure.savefig(folder / f"{name}.png")
+    some = files[:: -(len(files) // 100) - 1][::-1]  # about 100, and the last one always
+    first, *rest = (ImageOps.contain(Image.open(file), (512, 512)) for file in some)
+    first.save(folder / "evolution.gif", save_all=True, append_images=rest, duration=250, loop=0)
+    if options.logger: send(options.logger, folder, config, rows)
     last, (real, columns) = Image.open(files[-1]), real_pictures(config)
     both = Image.new("RGB", (2 * last.width, last.height))
     both.paste(to_grid(real, columns), (0, 0))
@@ -66,10 +70,6 @@ def run(options):
     tiles = torch.from_numpy(np.array(last)).permute(2, 0, 1)[: real.shape[1], 2:, 2:]  # C,H,W
     for side in 1, 2: tiles = tiles.unfold(side, config["size"], config["size"] + 2)  # C,rows,columns,h,w
     for worry in worries(rows, tiles.flatten(1, 2).transpose(0, 1), real): print(f"warning: {worry}")
-    files = files[:: -(len(files) // 100) - 1][::-1]  # about 100, and the last one always
-    first, *rest = (ImageOps.contain(Image.open(file), (512, 512)) for file in files)
-    first.save(folder / "evolution.gif", save_all=True, append_images=rest, duration=250, loop=0)
-    if options.logger: send(options.logger, folder, config, rows)
     print(f"losses.png, scores.png, comparison.png, evolution.gif: {folder}")
 
 def send(logger, folder, config, rows):
