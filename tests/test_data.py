@@ -262,6 +262,23 @@ def test_a_zip_packed_otherwise_is_left_out_with_the_reason(tmp_path):
 
 # Folder, zip, subfolders, packs used again
 
+def test_two_processes_may_pack_the_same_pictures_at_once(tmp_path, monkeypatch):
+    """The second, here inside the first, begins and ends while the first decodes."""
+    folder, square, number, packs = tree(tmp_path / "set", "1.png 2.png 3.png"), dcgan.square, os.getpid(), []
+
+    def interrupted(*given):
+        if not packs:
+            packs.append(None)
+            monkeypatch.setattr(os, "getpid", lambda: number + 1)
+            packs[0] = load(folder, tmp_path / "root")[0].copy()
+            monkeypatch.setattr(os, "getpid", lambda: number)
+        return square(*given)
+    monkeypatch.setattr(dcgan, "square", interrupted)
+    packs.append(load(folder, tmp_path / "root")[0])
+    assert (packs[0] == packs[1]).all() and packs[0].any() and len(packs[0]) == 3
+    assert not list((tmp_path / "root" / ".packed").glob(".part-*"))
+
+
 @pytest.fixture
 def nested(tmp_path):
     return tree(tmp_path / "set", "a/1.png a/2.png b/1.png c/d/1.png top.png")

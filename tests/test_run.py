@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,6 +145,22 @@ def test_a_second_run_does_not_take_the_place_of_the_first(script, trained, root
     before = (trained / "checkpoint.pt").read_bytes()
     line = fails(script, *flags(script, root, trained, "--steps", 9))
     assert "--resume" in line and "--out" in line and (trained / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("argv, folder", [("", "runs/{}"), ("--checkpoint {}/checkpoint.pt", "{}"), (
+    "--checkpoint {}/checkpoint.pt --out new", "new")])
+def test_a_resumed_run_goes_on_where_its_checkpoint_is_or_where_it_is_told(argv, folder, trained, script, tmp_path,
+                                                                          monkeypatch):
+    """Also where a folder was copied to: what its configuration says of it is of the past."""
+    monkeypatch.chdir(tmp_path)
+    copies = [tmp_path / "runs" / script.SCRIPT, tmp_path / "elsewhere"]
+    for copy in copies: shutil.copytree(trained, copy)
+    kept, before = trained / "checkpoint.pt", (trained / "checkpoint.pt").read_bytes()
+    script.main(["--resume", "--steps", "4", *argv.format("elsewhere").split()])
+    assert kept.read_bytes() == before
+    steps = {path.parent: load(path)["step"] for path in tmp_path.rglob("checkpoint.pt")}
+    moved = tmp_path / folder.format("elsewhere" if argv else script.SCRIPT)
+    assert steps == {**dict.fromkeys(copies, 3), moved: 4}
 
 
 def test_a_finished_run_says_so(script, trained, capsys):
