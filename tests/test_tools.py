@@ -827,12 +827,17 @@ def test_the_curves_of_a_run_and_its_pictures_beside_real_ones(drawn_run, monkey
     real = np.asarray(explore.to_grid(*explore.real_pictures(config)))
     assert (both[:, : real.shape[1]] == real).all() and (both[:, real.shape[1] :] == 255).all()
     assert real.std() > 5
-    drawn = []
-    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda axes, x, y, label, **style: drawn.append((label, *y)))
+    drawn, out = [], shutil.copytree(drawn_run, drawn_run.parent / "longer")
+    rows = np.random.default_rng(0).random((25, 8))
+    rows[:, 0] = 10 * np.arange(25)
+    np.savetxt(out / "metrics.csv", rows, "%.9g", ",", header=(out / "metrics.csv").read_text().split()[0], comments="")
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda axes, x, y, **style: drawn.append((x, y)))
     monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda axes: None)
-    explore.main(["run", str(drawn_run)])
-    rows = np.genfromtxt(drawn_run / "metrics.csv", delimiter=",", names=True, ndmin=1)
-    assert drawn == [(name, *rows[name]) for name in ("loss_d", "loss_g", "d_real", "d_fake")]
+    explore.main(["run", str(out)])
+    for column, (values, means) in zip(rows.T[4:], zip(drawn[::2], drawn[1::2], strict=True), strict=True):
+        np.testing.assert_allclose(values, [rows[:, 0], column], atol=1e-8)
+        np.testing.assert_allclose(means[1], [column[i : i + 10].mean() for i in range(16)], atol=1e-8)
+        np.testing.assert_allclose(means[0], rows[9:, 0])
 
 
 def test_the_animation_of_many_epochs_ends_with_the_last(drawn_run):

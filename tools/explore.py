@@ -51,15 +51,19 @@ def run(options):
     from matplotlib.figure import Figure  # here, as it takes half a second
     folder, (config, files) = Path(options.run), samples_of(options.run)
     rows = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True, ndmin=1)
+    some = min(10, len(rows))
     curves = dict(losses=("loss", "loss_d", "loss_g"), scores=("probability of being real", "d_real", "d_fake"))
     for name, (unit, *columns) in curves.items():
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.subplots(subplot_kw=dict(title=f"{config['script']}: {name}", xlabel="step", ylabel=unit))
-        for column in columns: axes.plot(rows["step"], rows[column], label=column, linewidth=1)
+        for column, colour in zip(columns, ("tab:blue", "tab:orange")):  # pale: as they are; else means of ten
+            means = np.convolve(rows[column], np.full(some, 1 / some), "valid")
+            axes.plot(rows["step"], rows[column], color=colour, alpha=0.3, linewidth=1)
+            axes.plot(rows["step"][some - 1 :], means, color=colour, label=column)
         axes.legend()
         figure.savefig(folder / f"{name}.png")
-    some = files[:: -(len(files) // 100) - 1][::-1]  # about 100, and the last one always
-    first, *rest = (ImageOps.contain(Image.open(file), (512, 512)) for file in some)
+    shown = files[:: -(len(files) // 100) - 1][::-1]  # about 100, and the last one always
+    first, *rest = (ImageOps.contain(Image.open(file), (512, 512)) for file in shown)
     first.save(folder / "evolution.gif", save_all=True, append_images=rest, duration=250, loop=0)
     if options.logger: send(options.logger, folder, config, rows)
     last, (real, columns) = Image.open(files[-1]), real_pictures(config)
