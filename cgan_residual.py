@@ -50,10 +50,9 @@ class Residual(nn.Module):
     """x + f(x) for N,C,H,W: twice batch norm, LeakyReLU, 3x3 convolution; dropout of channels between."""
     def __init__(self, channels, dropout):
         super().__init__()
-        self.layers = nn.Sequential(
-            BatchNormLeakyReLU(channels, 0.2), nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-            BatchNormLeakyReLU(channels, 0.2), nn.Dropout2d(dropout),
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False))
+        norm, conv = (functools.partial(BatchNormLeakyReLU, channels, slope=0.2),
+                      functools.partial(nn.Conv2d, channels, channels, 3, padding=1, bias=False))
+        self.layers = nn.Sequential(norm(), conv(), norm(), nn.Dropout2d(dropout), conv())
 
     def forward(self, x):
         return x + self.layers(x)
@@ -75,10 +74,8 @@ class Generator(nn.Module):
         return self.layers(x)  # N,64,7,7; N,32,14,14; N,16,28,28; N,1,28,28
 
 class Discriminator(nn.Module):
-    """Pictures (N,1,28,28), labels (N, or one-hot N,10) to probabilities of being real (N,1), or to logits.
-
-    To the logit adds the features' product with the class's vector; without labels, with all vectors' mean.
-    """
+    """Pictures (N,1,28,28), labels (N, or one-hot N,10) to probabilities of being real (N,1), or to logits:
+    to them the features' product with the class's vector adds, without labels with all vectors' mean."""
     def __init__(self, width=16, classes=10, dropout=0.1):
         super().__init__()
         layers, channels = [], [1, width, 2 * width, 4 * width]
@@ -92,28 +89,22 @@ class Discriminator(nn.Module):
         features, classes = self.layers(x), self.of_class.in_features  # N,16,14,14; N,32,7,7; N,64,4,4; N,256
         if labels is None: labels = torch.full((len(x), classes), 1 / classes, device=x.device)
         if labels.ndim == 1: labels = F.one_hot(labels, classes)
-        of_class = (features * self.of_class(labels.to(features.dtype))).sum(1, keepdim=True)
-        logit = self.logit(features) + of_class
+        of_class = self.of_class(labels.to(features.dtype))  # N,256
+        logit = self.logit(features) + (features * of_class).sum(1, keepdim=True)
         return logit if logits else logit.sigmoid()  # N,1
 
 def make_networks(args):
-    """(generator, discriminator) for the classes args.names.
-
-    Only the generator's weights are DCGAN's, N(0, 0.02): the other's logits would stay near 0 for long.
-    """
+    """(generator, discriminator) for the classes args.names; DCGAN's weights, N(0, 0.02), are the generator's
+    alone, as the other's logits would stay near 0 for long."""
     G = Generator(args.width, len(args.names), args.blocks)
-    for module in G.modules():
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-            nn.init.normal_(module.weight, 0, 0.02)
+    for weight in G.parameters():
+        if weight.ndim > 1: nn.init.normal_(weight, 0, 0.02)
     return G, Discriminator(args.width, len(args.names))
 
 # %% Losses and one training step
 def train_step(nets, args, real, z, labels):
-    """A step of both networks on real pictures (N,1,28,28), z (N,246) and one-hot labels (N,10).
-
-    What is generated gets the labels of the real pictures; both are judged in one pass, as nothing in the
-    discriminator couples a batch. Returns the losses, and the logits of both.
-    """
+    """A step of both networks on real (N,1,28,28), z (N,246) and one-hot labels (N,10), for real and fake
+    pictures alike; one pass judges both, as nothing couples a batch. Returns losses and logits."""
     nets.D.requires_grad_(True)
     with nets.autocast():
         fake = nets.G(torch.cat([labels, z], 1))
@@ -151,14 +142,12 @@ def draw_z(args, count):
 def labels_of(args, names):
     """One-hot labels of pictures by the folders in their names, float32 N,classes; args.names: the classes.
 
-    A class is one of --classes; without these, a folder on the one level that tells pictures apart. Where
-    there is none, or more than one, it ends with a line.
+    A class is one of --classes; without these, a folder that not all pictures are in. Where a picture has
+    none, or one in another, it ends with a line.
     """
-    folders = [name.split("/")[:-1] for name in names]
-    depth = range(max(map(len, folders)))
-    levels = [i for i in depth if len({tuple(path[i : i + 1]) for path in folders}) > 1]
-    found = ["/".join(path[i] for i in levels if i < len(path)) for path in folders]
-    if args.classes: found = [next(folder for folder in path if folder in args.classes) for path in folders]
+    paths = [name.split("/")[:-1] for name in names]
+    kinds = set(args.classes) or set().union(*paths).difference(set.intersection(*map(set, paths)))
+    found = ["/".join(folder for folder in path if folder in kinds) for path in paths]
     counts = Counter(sorted(found))
     if len(counts) < 2 or any(not kind or "/" in kind for kind in counts):
         fail(f"--data {args.data}: which are the classes? It has {dict(counts)}; name them with --classes")
@@ -177,7 +166,7 @@ def asked_labels(args, count):
     return F.one_hot(torch.tensor(wanted)[torch.arange(count) * len(wanted) // count], len(known)).float()
 # --- end shared ---
 
-# --- shared: data and pictures ---
+# --- shared: data and training ---
 def fail(message):
     """End with one line, for what the user can mend."""
     print("error:", *str(message).split("\n"), file=sys.stderr)
@@ -280,32 +269,27 @@ def sample(generator, z):
     """What a generator in evaluation mode makes of z (N,...), 64 at a time: uint8 N,C,H,W on the CPU."""
     pictures = (generator(part.to(next(generator.parameters()).device)).float() for part in z.split(64))
     return torch.cat([part.mul(127.5).add(128).clamp(0, 255).byte().cpu() for part in pictures])
-# --- end shared ---
 
-# --- shared: generate by class ---
 def generate(args, saved):
-    """--generate: pictures by a checkpoint's averaged generator, with labels: a .npz, a .png or a folder."""
+    """--generate: pictures by a checkpoint's averaged generator, and their labels: a .npz, .png or folder."""
     generator, path = make_networks(args)[0].to(pick_device(args)[0]).eval(), Path(args.save)
     generator.load_state_dict(saved["Generator"])
     z = draw_z(args, args.generate)
-    images, labels = sample(generator, z), z[:, :-Z].argmax(1).numpy() if z.shape[1] > Z else None
-    pixels = images.squeeze(1).numpy()  # N,H,W
+    images, labels = sample(generator, z), z[:, :-Z].nonzero()[:, 1].numpy()  # of no classes there are none
+    pixels = images.permute(0, 2, 3, 1).squeeze(3).numpy()  # N,H,W,3 or, grey, N,H,W
     if path.suffix == ".npz":
-        arrays = dict(images=pixels) if labels is None else dict(images=pixels, labels=labels)
+        arrays = dict(images=pixels, labels=labels) if len(labels) else dict(images=pixels)
         write(path, lambda part: np.savez(part.open("wb"), **arrays))
     elif path.suffix.lower() in Image.registered_extensions():
         write(path, functools.partial(save_image, images / 255, nrow=math.ceil(args.generate**0.5)))
     else:  # a folder for each class, as --data takes them
-        for i, image in enumerate(pixels):
-            folder = path if labels is None else path / args.names[labels[i]]
-            write(folder / f"{i:06d}.png", Image.fromarray(image).save)
+        folders = [path / args.names[label] for label in labels] or [path] * len(pixels)
+        for i, folder in enumerate(folders): write(folder / f"{i:06d}.png", Image.fromarray(pixels[i]).save)
     print(f"{args.generate} pictures: {path}")
-# --- end shared ---
 
-# --- shared: training ---
 # %% Training
 SIGNALS = signal.SIGINT, signal.SIGTERM  # on which a run is saved
-LOG_EVERY = 10  # steps between two rows of metrics.csv, each of which waits for the device
+LOG_EVERY, SAMPLE_EVERY = 10, 100  # steps from row to row of metrics.csv, and at least from sample to sample
 COLUMNS = "step", "epoch", "seconds", "images", "loss_d", "loss_g", "d_real", "d_fake"
 
 def pick_device(args):
@@ -402,7 +386,7 @@ def train(args, saved):
                 raise ValueError(f"no finite loss at step {step}: --resume --precision fp32 or a lower --lr")
             rows.append([step, epoch, round(time.monotonic() - began, 2), step * args.batch_size, *values])
             bar.set_postfix(epoch=epoch, loss_d=values[0], loss_g=values[1])
-        ends = stop or step % steps == 0
+        ends = stop or step % (steps * math.ceil(SAMPLE_EVERY / steps)) == 0  # of an epoch, or of some
         due = stop or (logs and time.monotonic() - saved_at > 60 * args.save_every)  # the losses are finite
         if args.ema and (ends or due):  # averaged weights have statistics of their own
             torch.optim.swa_utils.update_bn([many[i::4] for i in range(4)], ema)

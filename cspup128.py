@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 SCRIPT, Z, PER_ROW, Optimiser = "cspup128", 100, 8, torch.optim.Adam  # noise; pictures in a row of samples
 RECIPES = {  # the one found to converge, and the slides with nothing added; a flag given by hand wins
-    "stable": dict(loss="relativistic", gamma=10.0, up="mixed", slope=0.2, lr=4e-4, d_lr=4e-4,
+    "stable": dict(loss="relativistic", gamma=10.0, up="nearest", slope=0.2, lr=4e-4, d_lr=4e-4,
                    fall=1e9, betas=[0.0, 0.99], ema=0.999, flip=True),
     "exact": dict(loss="bce", gamma=0.0, up="deconv", slope=0.0, lr=2e-4, d_lr=2e-4, fall=1e9,
                   betas=[0.5, 0.999], ema=0.999, flip=True)}
@@ -52,67 +52,54 @@ class BatchNormLeakyReLU(nn.BatchNorm2d):
 # --- end shared ---
 
 # %% Networks
-class SplitAdd(nn.Module):
-    """The seam: adds branches, batch norm and LeakyReLU if `norm`, cuts into channel halves if `split`."""
-    def __init__(self, channels, slope, norm=True, split=True):
-        super().__init__()
-        self.norm, self.split = BatchNormLeakyReLU(channels, slope) if norm else nn.Identity(), split
-        self.fused = False  # whether gan_ops does it, as one operation
+class SplitAdd(BatchNormLeakyReLU):
+    """The seam: leaky_relu(batch_norm(left + right)), cut into `parts` along the channels: 2 halves, or 1."""
+    def __init__(self, channels, slope, parts=2):
+        super().__init__(channels, slope)
+        self.parts = parts
 
     def forward(self, left, right):
-        norm = self.norm
-        if not self.fused or isinstance(norm, nn.Identity):
-            return norm(left + right).chunk(2, dim=1) if self.split else norm(left + right)
-        statistics = norm.running_mean, norm.running_var, norm.training, norm.momentum, norm.eps
-        parts = torch.ops.gan_ops.split_add_batch_norm_leaky_relu(
-            left, right, norm.weight, norm.bias, *statistics, norm.slope, self.split)
-        return parts if self.split else parts[0]
-
-def double(c_in, c_out, how):
-    """N,c_in,H,W to N,c_out,2H,2W: a transposed convolution, or interpolation, where c_in is c_out."""
-    if how == "deconv": return nn.ConvTranspose2d(c_in, c_out, 4, 2, 1, bias=False)
-    return nn.Upsample(scale_factor=2, mode=how)
+        if not self.fused: return super().forward(left + right).chunk(self.parts, dim=1)
+        statistics = self.running_mean, self.running_var, self.training, self.momentum, self.eps
+        return torch.ops.gan_ops.split_add_batch_norm_leaky_relu(
+            left, right, self.weight, self.bias, *statistics, self.slope, self.parts == 2)
 
 class CSPup(nn.Module):
-    """Halves a, b (N,C/2,H,W) to branches (N,c_out,2H,2W; `first`: 1x1 to 4x4) that a seam adds.
+    """Halves (N,c_in/2,H,W) down two branches to N,c_out,2H,2W (`first`: 1x1 to 4x4), added and cut again.
 
-    Interpolated, the left branch passes its channels on as they are. Were the 3x3 convolutions not padded, as
-    in the version that circulates, the branches would not fit.
+    Where it interpolates, c_out is c_in / 2 and all of the left branch is bilinear. Were the 3x3 convolutions
+    not padded, as in the version that circulates, the branches would not fit.
     """
-    def __init__(self, c_in, c_out, slope, norm, up="mixed", first=False):
+    def __init__(self, c_in, c_out, slope=0.2, norm=True, up="nearest", first=False, parts=2):
         super().__init__()
-        half, ways = c_in // 2, ("bilinear", "nearest") if up == "mixed" else (up, up)
-        start = functools.partial(nn.ConvTranspose2d, half, c_out, 4, bias=False)
-        self.left, right = (start() if first else double(half, c_out, how) for how in ways)
+        half, shape = c_in // 2, (1, 0) if first else (2, 1)  # stride and padding
+        self.left, right = (nn.ConvTranspose2d(half, c_out, 4, *shape, bias=False) for _ in range(2))
+        if not first and up != "deconv":
+            self.left, right = (nn.Upsample(scale_factor=2, mode=mode) for mode in ("bilinear", up))
         active = [BatchNormLeakyReLU(c, slope) if norm else nn.LeakyReLU(slope) for c in (half, c_out)]
         self.right = nn.Sequential(
             nn.Conv2d(half, half, 1), active[0], right,
             nn.Conv2d(c_out, c_out, 3, padding=1), active[1], nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.seam = SplitAdd(c_out, slope, parts) if norm else lambda a, b: (a + b).chunk(parts, dim=1)
 
     def forward(self, a, b):
-        return self.left(a), self.right(b)
+        return self.seam(self.left(a), self.right(b))
 
 class Generator(nn.Module):
-    """z (N,100) to pictures (N,3,128,128) in [-1, 1], by Tanh: the slide's ReLU could not reach below 0.
-
-    Interpolated, the last doubling has a hidden layer, or nothing finer than 64x64 could be learnt.
-    """
-    def __init__(self, width=64, slope=0.2, norm=True, up="mixed"):
+    """z (N,100) to pictures (N,3,128,128) in [-1, 1], by Tanh: the slide's ReLU could not reach below 0."""
+    def __init__(self, width=64, slope=0.2, norm=True, up="nearest"):
         super().__init__()
-        channels = [Z] + [width << i for i in (4, 3, 2, 1, 0)]
-        pairs = list(zip(channels, channels[1:]))
-        self.blocks = nn.ModuleList(CSPup(a, b, slope, norm, up, first=a == Z) for a, b in pairs)
-        self.seams = nn.ModuleList(SplitAdd(c, slope, norm, split=c > width) for c in channels[1:])
+        channels = [Z, *(width << i for i in (4, 3, 2, 1, 0))]
+        self.blocks = nn.ModuleList(
+            CSPup(channels[i], channels[i + 1], slope, norm, up, i == 0, 2 if i < 4 else 1) for i in range(5))
         self.picture = nn.ConvTranspose2d(width, 3, 4, 2, 1) if up == "deconv" else nn.Sequential(
-            double(width, width, "bilinear" if up == "bilinear" else "nearest"),
-            nn.Conv2d(width, width, 3, padding=1), BatchNormLeakyReLU(width, slope),
-            nn.Conv2d(width, 3, 3, padding=1))
+            nn.Upsample(scale_factor=2, mode=up), nn.Conv2d(width, width, 3, padding=1),  # for what is finer
+            BatchNormLeakyReLU(width, slope), nn.Conv2d(width, 3, 3, padding=1))          # than 64x64
 
     def forward(self, z):
         x = z[:, :, None, None].chunk(2, dim=1)  # 2 of N,50,1,1
-        for block, seam in zip(self.blocks, self.seams):
-            x = seam(*block(*x))  # 2 of N,512,4,4; N,256,8,8; N,128,16,16; N,64,32,32; at last N,64,64,64
-        return torch.tanh(self.picture(x))  # N,3,128,128
+        for block in self.blocks: x = block(*x)  # 2 of N,512,4,4; N,256,8,8; N,128,16,16; N,64,32,32
+        return torch.tanh(self.picture(*x))  # N,64,64,64 to N,3,128,128
 
 class Discriminator(nn.Sequential):
     """Pictures (N,3,128,128) to logits (N); each layer doubles the channels, the fourth, if `wide`, twice."""
@@ -123,16 +110,13 @@ class Discriminator(nn.Sequential):
         super().__init__(*layers, nn.Conv2d(channels[-1], 1, 128 >> convs), nn.Flatten(0))
 
 def make_networks(args):
-    """(generator, discriminator); stable: the generator's weights are DCGAN's, N(0, 0.02), of batch norm
-    N(1, 0.02), those of the discriminator He et al.'s (2015), as no batch norm mends their scale."""
+    """(generator, discriminator); stable: DCGAN's weights and, as no batch norm mends their scale, He's."""
     stable = args.recipe == "stable"
     G, D = Generator(args.width, args.slope, stable, args.up), Discriminator(args.width, args.d_convs, stable)
     for name, weight in G.named_parameters() if stable else ():
         if name.endswith("weight"): nn.init.normal_(weight, mean=float(weight.ndim == 1), std=0.02)
-    for layer in D if stable else ():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, 0.2)
-            nn.init.zeros_(layer.bias)
+    for weight in D.parameters() if stable else ():
+        nn.init.kaiming_normal_(weight, 0.2) if weight.ndim > 1 else nn.init.zeros_(weight)
     return G, D
 
 # %% Losses and one training step
@@ -144,39 +128,35 @@ LOSSES = {  # name: (the discriminator's, the generator's), each from the logits
     "hinge": (lambda real, fake: (F.relu(1 - real) + F.relu(1 + fake)).mean(),
               lambda real, fake: -fake.mean())}
 
-def squared_slope(logit, pictures):
-    """R1 or R2: mean squared norm of the gradient of the first logits with respect to their pictures."""
-    (slope,) = torch.autograd.grad(logit[: len(pictures)].sum(), pictures, create_graph=True)
-    return slope.square().sum((1, 2, 3)).mean()
-
 def train_step(nets, args, real, z):
     """A step of the discriminator and --d-every of the generator on real (N,3,128,128) and z (N,100).
 
-    The discriminator's loss has besides gamma / 2 times R1 (of real pictures; Mescheder et al. 2018) and R2
-    (of fake ones), which need second derivatives: of half the batch, at a sixth less time for the step. It
-    never waits for the GPU. Returns losses and logits.
+    The discriminator's loss has besides gamma / 2 times R1, the mean squared slope of the logits of real
+    pictures with respect to these (Mescheder et al. 2018), and R2, that of fake ones. It never waits for the
+    GPU. Returns losses and logits.
     """
     loss_of_d, loss_of_g = LOSSES[args.loss]
     nets.D.requires_grad_(True)
     with nets.autocast():
         fake = nets.G(z)
-    pair = [x.detach().to(real.dtype).chunk(2) for x in (real, fake)]
-    steep = [halves[0].requires_grad_(args.gamma > 0) for halves in pair]  # whose slopes are penalised
+    both = torch.cat([real, fake.detach().to(real.dtype)]).requires_grad_(args.gamma > 0)
     narrow = args.gamma > 0 and nets.scaler.is_enabled()  # gradients of gradients do not fit fp16
     with torch.autocast(real.device.type, enabled=False) if narrow else nets.autocast():
-        logits = [torch.cat([nets.D(half) for half in halves]).float() for halves in pair]
-    loss_d = loss_of_d(*logits)
-    penalty = args.gamma / 2 * sum(map(squared_slope, logits, steep)) if args.gamma else 0
+        logit = nets.D(both).float()  # 2N
+    real_logit, fake_logit = logit.chunk(2)
+    loss_d, penalty = loss_of_d(real_logit, fake_logit), 0
+    if args.gamma:
+        (slope,) = torch.autograd.grad(logit.sum(), both, create_graph=True)
+        penalty = args.gamma * slope.square().sum((1, 2, 3)).mean()  # of both: half of R1 + R2
     optimise(nets, loss_d + penalty, nets.opt_d)
     nets.D.requires_grad_(False)
     for turn in range(args.d_every):
         with nets.autocast():
             if turn: fake = nets.G(torch.randn_like(z))
-            real_logit = nets.D(real).float() if args.loss == "relativistic" else logits[0].detach()
             fake_logit = nets.D(fake).float()
-        loss_g = loss_of_g(real_logit, fake_logit)
+        loss_g = loss_of_g(real_logit.detach(), fake_logit)
         optimise(nets, loss_g, nets.opt_g)
-    return loss_d, loss_g, logits[0], fake_logit
+    return loss_d, loss_g, real_logit, fake_logit
 
 # %% Data
 DRAWN = [f"{i}.png" for i in range(4096)]  # the pictures of --data synthetic
@@ -186,17 +166,17 @@ def draw_picture(index):
     rng = random.Random(index)
     image = Image.new("RGB", (256, 256), f"#{rng.randrange(1 << 24):06x}")
     skin, hair = rng.choice(["#ffdbba", "#e8b890", "#b07e5c"]), rng.choice(["#191412", "#7a522d", "#c4a060"])
-    x, y, lips = rng.uniform(118, 138), rng.uniform(108, 128), (rng.uniform(14, 26), rng.uniform(4, 9))
-    for right, down, width, height, colour in (  # half axes, from the middle of the face
-            (0, 150, 110, 74, "#405080"), (0, 6, 72, rng.choice([82, 112]), hair), (0, 16, 56, 74, skin),
-            (0, 56, *lips, "#af3c46"), (-24, 2, 11, 7, "white"), (-24, 2, 5, 6, "black"),
-            (24, 2, 11, 7, "white"), (24, 2, 5, 6, "black")):
+    x, y, eyes = rng.uniform(118, 138), rng.uniform(108, 128), ((11, 7, "white"), (5, 6, "black"))
+    ovals = [(0, 150, 110, 74, "#405080"), (0, 6, 72, rng.choice([82, 112]), hair), (0, 16, 56, 74, skin),
+             (0, 56, rng.uniform(14, 26), rng.uniform(4, 9), "#af3c46"),
+             *((side, -2, *eye) for side in (-24, 24) for eye in eyes)]
+    for right, down, width, height, colour in ovals:  # half axes, from the middle of the face
         box = x + right - width, y + down - height, x + right + width, y + down + height
         ImageDraw.Draw(image).ellipse(box, colour)
     return image
 
 def settle(args, pack, names):
-    """What the flags left open, now that the pictures are known; returns labels beside them, if any."""
+    """What the flags left open, now that the pictures are known; returns labels beside them: here none."""
     if args.gamma < 0: fail("--gamma begins at 0")
     for name in ("loss", "gamma", "up") if args.recipe == "exact" else ():
         if getattr(args, name) != RECIPES["exact"][name]: fail(f"--scheme exact leaves no choice of --{name}")
@@ -206,7 +186,7 @@ def draw_z(args, count):
     """What the generator makes `count` pictures from, the same for each --seed: z, count,100."""
     return torch.randn(count, Z, generator=torch.Generator().manual_seed(args.seed))
 
-# --- shared: data and pictures ---
+# --- shared: data and training ---
 def fail(message):
     """End with one line, for what the user can mend."""
     print("error:", *str(message).split("\n"), file=sys.stderr)
@@ -309,28 +289,27 @@ def sample(generator, z):
     """What a generator in evaluation mode makes of z (N,...), 64 at a time: uint8 N,C,H,W on the CPU."""
     pictures = (generator(part.to(next(generator.parameters()).device)).float() for part in z.split(64))
     return torch.cat([part.mul(127.5).add(128).clamp(0, 255).byte().cpu() for part in pictures])
-# --- end shared ---
 
-# --- shared: generate ---
 def generate(args, saved):
-    """--generate: pictures by a checkpoint's averaged generator, into a .npz, a .png grid or a folder."""
+    """--generate: pictures by a checkpoint's averaged generator, and their labels: a .npz, .png or folder."""
     generator, path = make_networks(args)[0].to(pick_device(args)[0]).eval(), Path(args.save)
     generator.load_state_dict(saved["Generator"])
-    images = sample(generator, draw_z(args, args.generate))
+    z = draw_z(args, args.generate)
+    images, labels = sample(generator, z), z[:, :-Z].nonzero()[:, 1].numpy()  # of no classes there are none
     pixels = images.permute(0, 2, 3, 1).squeeze(3).numpy()  # N,H,W,3 or, grey, N,H,W
     if path.suffix == ".npz":
-        write(path, lambda part: np.savez(part.open("wb"), images=pixels))
+        arrays = dict(images=pixels, labels=labels) if len(labels) else dict(images=pixels)
+        write(path, lambda part: np.savez(part.open("wb"), **arrays))
     elif path.suffix.lower() in Image.registered_extensions():
         write(path, functools.partial(save_image, images / 255, nrow=math.ceil(args.generate**0.5)))
-    else:
-        for i, image in enumerate(pixels): write(path / f"{i:06d}.png", Image.fromarray(image).save)
+    else:  # a folder for each class, as --data takes them
+        folders = [path / args.names[label] for label in labels] or [path] * len(pixels)
+        for i, folder in enumerate(folders): write(folder / f"{i:06d}.png", Image.fromarray(pixels[i]).save)
     print(f"{args.generate} pictures: {path}")
-# --- end shared ---
 
-# --- shared: training ---
 # %% Training
 SIGNALS = signal.SIGINT, signal.SIGTERM  # on which a run is saved
-LOG_EVERY = 10  # steps between two rows of metrics.csv, each of which waits for the device
+LOG_EVERY, SAMPLE_EVERY = 10, 100  # steps from row to row of metrics.csv, and at least from sample to sample
 COLUMNS = "step", "epoch", "seconds", "images", "loss_d", "loss_g", "d_real", "d_fake"
 
 def pick_device(args):
@@ -427,7 +406,7 @@ def train(args, saved):
                 raise ValueError(f"no finite loss at step {step}: --resume --precision fp32 or a lower --lr")
             rows.append([step, epoch, round(time.monotonic() - began, 2), step * args.batch_size, *values])
             bar.set_postfix(epoch=epoch, loss_d=values[0], loss_g=values[1])
-        ends = stop or step % steps == 0
+        ends = stop or step % (steps * math.ceil(SAMPLE_EVERY / steps)) == 0  # of an epoch, or of some
         due = stop or (logs and time.monotonic() - saved_at > 60 * args.save_every)  # the losses are finite
         if args.ema and (ends or due):  # averaged weights have statistics of their own
             torch.optim.swa_utils.update_bn([many[i::4] for i in range(4)], ema)
@@ -456,7 +435,7 @@ def parse(argv):
     add("--scheme", dest="recipe", choices=RECIPES, default="stable", help="exact is the slides' (stable)")
     add("--loss", choices=LOSSES, help="(relativistic; exact: bce)")
     add("--gamma", type=float, help="weight of R1 and R2 (10; exact: 0)")
-    add("--up", choices=("mixed", "bilinear", "nearest", "deconv"), help="(mixed; exact: deconv)")
+    add("--up", choices=("nearest", "bilinear", "deconv"), help="(nearest; exact: deconv)")
     add("--slope", type=float, help="of the generator's LeakyReLU (0.2; exact: 0)")
     add("--d-convs", type=int, choices=(4, 5), default=5, help="the discriminator's strided convolutions (5)")
     add("--d-every", type=int, default=1, help="the generator's steps for each of the discriminator's (1)")

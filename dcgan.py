@@ -140,7 +140,7 @@ def draw_z(args, count):
     """What the generator makes `count` pictures from, the same for each --seed: z, count,100."""
     return torch.randn(count, Z, generator=torch.Generator().manual_seed(args.seed))
 
-# --- shared: data and pictures ---
+# --- shared: data and training ---
 def fail(message):
     """End with one line, for what the user can mend."""
     print("error:", *str(message).split("\n"), file=sys.stderr)
@@ -243,28 +243,27 @@ def sample(generator, z):
     """What a generator in evaluation mode makes of z (N,...), 64 at a time: uint8 N,C,H,W on the CPU."""
     pictures = (generator(part.to(next(generator.parameters()).device)).float() for part in z.split(64))
     return torch.cat([part.mul(127.5).add(128).clamp(0, 255).byte().cpu() for part in pictures])
-# --- end shared ---
 
-# --- shared: generate ---
 def generate(args, saved):
-    """--generate: pictures by a checkpoint's averaged generator, into a .npz, a .png grid or a folder."""
+    """--generate: pictures by a checkpoint's averaged generator, and their labels: a .npz, .png or folder."""
     generator, path = make_networks(args)[0].to(pick_device(args)[0]).eval(), Path(args.save)
     generator.load_state_dict(saved["Generator"])
-    images = sample(generator, draw_z(args, args.generate))
+    z = draw_z(args, args.generate)
+    images, labels = sample(generator, z), z[:, :-Z].nonzero()[:, 1].numpy()  # of no classes there are none
     pixels = images.permute(0, 2, 3, 1).squeeze(3).numpy()  # N,H,W,3 or, grey, N,H,W
     if path.suffix == ".npz":
-        write(path, lambda part: np.savez(part.open("wb"), images=pixels))
+        arrays = dict(images=pixels, labels=labels) if len(labels) else dict(images=pixels)
+        write(path, lambda part: np.savez(part.open("wb"), **arrays))
     elif path.suffix.lower() in Image.registered_extensions():
         write(path, functools.partial(save_image, images / 255, nrow=math.ceil(args.generate**0.5)))
-    else:
-        for i, image in enumerate(pixels): write(path / f"{i:06d}.png", Image.fromarray(image).save)
+    else:  # a folder for each class, as --data takes them
+        folders = [path / args.names[label] for label in labels] or [path] * len(pixels)
+        for i, folder in enumerate(folders): write(folder / f"{i:06d}.png", Image.fromarray(pixels[i]).save)
     print(f"{args.generate} pictures: {path}")
-# --- end shared ---
 
-# --- shared: training ---
 # %% Training
 SIGNALS = signal.SIGINT, signal.SIGTERM  # on which a run is saved
-LOG_EVERY = 10  # steps between two rows of metrics.csv, each of which waits for the device
+LOG_EVERY, SAMPLE_EVERY = 10, 100  # steps from row to row of metrics.csv, and at least from sample to sample
 COLUMNS = "step", "epoch", "seconds", "images", "loss_d", "loss_g", "d_real", "d_fake"
 
 def pick_device(args):
@@ -361,7 +360,7 @@ def train(args, saved):
                 raise ValueError(f"no finite loss at step {step}: --resume --precision fp32 or a lower --lr")
             rows.append([step, epoch, round(time.monotonic() - began, 2), step * args.batch_size, *values])
             bar.set_postfix(epoch=epoch, loss_d=values[0], loss_g=values[1])
-        ends = stop or step % steps == 0
+        ends = stop or step % (steps * math.ceil(SAMPLE_EVERY / steps)) == 0  # of an epoch, or of some
         due = stop or (logs and time.monotonic() - saved_at > 60 * args.save_every)  # the losses are finite
         if args.ema and (ends or due):  # averaged weights have statistics of their own
             torch.optim.swa_utils.update_bn([many[i::4] for i in range(4)], ema)

@@ -280,18 +280,14 @@ def train_step(nets, args, real, z, *labels):
     """
     d_loss, g_loss = LOSSES[args.loss]
 
-    def generate(z):
-        with nets.autocast():
-            return nets.G(torch.cat([*labels, z], 1))
-
     def judge(x):
         with nets.autocast():
             return nets.D(x, *labels, logits=True).float()
 
     nets.D.requires_grad_(True)
     nets.G.eval()
-    with torch.no_grad():
-        fake = generate(z)
+    with torch.no_grad(), nets.autocast():
+        fake = nets.G(torch.cat([*labels, z], 1))
     nets.G.train()
     losses, logits = [], []
     for x, is_real in ((real, True), (fake, False)):
@@ -306,7 +302,9 @@ def train_step(nets, args, real, z, *labels):
         loss_d = loss_d + 5 * (slope(judge, between) - 1).square().mean()  # half the paper's, as all is
     if args.loss != "bce": optimise(nets, loss_d, nets.opt_d)
     nets.D.requires_grad_(False)
-    loss_g = g_loss(judge(generate(torch.randn_like(z))))
+    with nets.autocast():
+        made = nets.G(torch.cat([*labels, torch.randn_like(z)], 1))
+    loss_g = g_loss(judge(made))
     optimise(nets, loss_g, nets.opt_g)
     return loss_d, loss_g, *logits
 
@@ -344,14 +342,12 @@ def draw_z(args, count):
 def labels_of(args, names):
     """One-hot labels of pictures by the folders in their names, float32 N,classes; args.names: the classes.
 
-    A class is one of --classes; without these, a folder on the one level that tells pictures apart. Where
-    there is none, or more than one, it ends with a line.
+    A class is one of --classes; without these, a folder that not all pictures are in. Where a picture has
+    none, or one in another, it ends with a line.
     """
-    folders = [name.split("/")[:-1] for name in names]
-    depth = range(max(map(len, folders)))
-    levels = [i for i in depth if len({tuple(path[i : i + 1]) for path in folders}) > 1]
-    found = ["/".join(path[i] for i in levels if i < len(path)) for path in folders]
-    if args.classes: found = [next(folder for folder in path if folder in args.classes) for path in folders]
+    paths = [name.split("/")[:-1] for name in names]
+    kinds = set(args.classes) or set().union(*paths).difference(set.intersection(*map(set, paths)))
+    found = ["/".join(folder for folder in path if folder in kinds) for path in paths]
     counts = Counter(sorted(found))
     if len(counts) < 2 or any(not kind or "/" in kind for kind in counts):
         fail(f"--data {args.data}: which are the classes? It has {dict(counts)}; name them with --classes")
@@ -370,7 +366,7 @@ def asked_labels(args, count):
     return F.one_hot(torch.tensor(wanted)[torch.arange(count) * len(wanted) // count], len(known)).float()
 # --- end shared ---
 
-# --- shared: data and pictures ---
+# --- shared: data and training ---
 def fail(message):
     """End with one line, for what the user can mend."""
     print("error:", *str(message).split("\n"), file=sys.stderr)
@@ -473,32 +469,27 @@ def sample(generator, z):
     """What a generator in evaluation mode makes of z (N,...), 64 at a time: uint8 N,C,H,W on the CPU."""
     pictures = (generator(part.to(next(generator.parameters()).device)).float() for part in z.split(64))
     return torch.cat([part.mul(127.5).add(128).clamp(0, 255).byte().cpu() for part in pictures])
-# --- end shared ---
 
-# --- shared: generate by class ---
 def generate(args, saved):
-    """--generate: pictures by a checkpoint's averaged generator, with labels: a .npz, a .png or a folder."""
+    """--generate: pictures by a checkpoint's averaged generator, and their labels: a .npz, .png or folder."""
     generator, path = make_networks(args)[0].to(pick_device(args)[0]).eval(), Path(args.save)
     generator.load_state_dict(saved["Generator"])
     z = draw_z(args, args.generate)
-    images, labels = sample(generator, z), z[:, :-Z].argmax(1).numpy() if z.shape[1] > Z else None
-    pixels = images.squeeze(1).numpy()  # N,H,W
+    images, labels = sample(generator, z), z[:, :-Z].nonzero()[:, 1].numpy()  # of no classes there are none
+    pixels = images.permute(0, 2, 3, 1).squeeze(3).numpy()  # N,H,W,3 or, grey, N,H,W
     if path.suffix == ".npz":
-        arrays = dict(images=pixels) if labels is None else dict(images=pixels, labels=labels)
+        arrays = dict(images=pixels, labels=labels) if len(labels) else dict(images=pixels)
         write(path, lambda part: np.savez(part.open("wb"), **arrays))
     elif path.suffix.lower() in Image.registered_extensions():
         write(path, functools.partial(save_image, images / 255, nrow=math.ceil(args.generate**0.5)))
     else:  # a folder for each class, as --data takes them
-        for i, image in enumerate(pixels):
-            folder = path if labels is None else path / args.names[labels[i]]
-            write(folder / f"{i:06d}.png", Image.fromarray(image).save)
+        folders = [path / args.names[label] for label in labels] or [path] * len(pixels)
+        for i, folder in enumerate(folders): write(folder / f"{i:06d}.png", Image.fromarray(pixels[i]).save)
     print(f"{args.generate} pictures: {path}")
-# --- end shared ---
 
-# --- shared: training ---
 # %% Training
 SIGNALS = signal.SIGINT, signal.SIGTERM  # on which a run is saved
-LOG_EVERY = 10  # steps between two rows of metrics.csv, each of which waits for the device
+LOG_EVERY, SAMPLE_EVERY = 10, 100  # steps from row to row of metrics.csv, and at least from sample to sample
 COLUMNS = "step", "epoch", "seconds", "images", "loss_d", "loss_g", "d_real", "d_fake"
 
 def pick_device(args):
@@ -595,7 +586,7 @@ def train(args, saved):
                 raise ValueError(f"no finite loss at step {step}: --resume --precision fp32 or a lower --lr")
             rows.append([step, epoch, round(time.monotonic() - began, 2), step * args.batch_size, *values])
             bar.set_postfix(epoch=epoch, loss_d=values[0], loss_g=values[1])
-        ends = stop or step % steps == 0
+        ends = stop or step % (steps * math.ceil(SAMPLE_EVERY / steps)) == 0  # of an epoch, or of some
         due = stop or (logs and time.monotonic() - saved_at > 60 * args.save_every)  # the losses are finite
         if args.ema and (ends or due):  # averaged weights have statistics of their own
             torch.optim.swa_utils.update_bn([many[i::4] for i in range(4)], ema)

@@ -349,7 +349,7 @@ CLASSES = {  # names of pictures, --classes: the classes with their counts, or N
 @pytest.mark.parametrize("kind", ["folder", "zip"])
 @pytest.mark.parametrize("names, wanted, classes", CLASSES.values(), ids=CLASSES)
 def test_what_a_class_is(names, wanted, classes, kind, tmp_path, capsys):
-    """One rule: the folders on the one level that tells pictures apart, or --classes: printed."""
+    """One rule: the folders that not all pictures are in, or --classes, and no more than one of them: printed."""
     folder = tree(tmp_path / "set", " ".join(f"{name}.png" for name in names.split()))
     args = cgan_residual.parse(["--data", str(zipped(folder) if kind == "zip" else folder), "--root",
                                 str(tmp_path)]

@@ -63,8 +63,9 @@ def stand_in(monkeypatch, script, loss=lambda step: float(step), act=lambda step
 
 # What is in the folder
 
-def test_a_run_leaves_the_whole_folder(script, root, tmp_path, capsys):
+def test_a_run_leaves_the_whole_folder(script, root, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
+    monkeypatch.setattr(script, "SAMPLE_EVERY", 5)  # an epoch
     script.main(flags(script, root, out, "--epochs", 3))
     names = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
     pictures = {f"samples/epoch_{i:04d}.png" for i in (1, 2, 3)}
@@ -90,6 +91,16 @@ def test_a_run_leaves_the_whole_folder(script, root, tmp_path, capsys):
     for network, name in zip(script.make_networks(script.argparse.Namespace(**models["config"])),
                              ("Generator", "Discriminator")):
         network.load_state_dict(models[name])
+
+
+@pytest.mark.parametrize("every, epochs", [(1, {1, 2, 3, 4, 5}), (5, {1, 2, 3, 4, 5}), (6, {2, 4, 5}),
+                                           (15, {3, 5}), (100, {5})])
+def test_samples_are_of_whole_epochs_so_many_steps_apart_and_of_the_end(every, epochs, root, tmp_path,
+                                                                        monkeypatch):
+    stand_in(monkeypatch, dcgan)
+    monkeypatch.setattr(dcgan, "SAMPLE_EVERY", every)
+    dcgan.main(flags(dcgan, root, tmp_path, "--steps", 23))  # 5 an epoch
+    assert {int(path.stem[-4:]) for path in (tmp_path / "samples").glob("*.png")} == epochs
 
 
 def test_metrics_are_of_every_tenth_step_and_of_the_last(root, tmp_path, monkeypatch):
@@ -123,6 +134,7 @@ def test_the_same_seed_gives_the_same_files_and_another_seed_others(script, root
 def test_a_run_in_parts_is_the_whole_run_bit_for_bit(kind, root, tmp_path, monkeypatch):
     """Resumed between two rows of the metrics and between two epochs; every file is replaced whole."""
     script, argv = kind
+    monkeypatch.setattr(script, "SAMPLE_EVERY", 5)  # an epoch
     script.main(flags(script, root, tmp_path / "whole", *argv.split(), "--steps", 23))
     script.main(flags(script, root, tmp_path / "parts", *argv.split(), "--steps", 7))
     for steps in 8, 16, 23:

@@ -22,7 +22,7 @@ from common import fail, guarded, load, script_named, to_grid
 def samples_of(run):
     """(configuration, the pictures of generated ones in order) of a run folder."""
     files = sorted(Path(run, "samples").glob("epoch_*.png"))
-    if not files: fail(f"{run} is no run folder with samples in it, the first of which an epoch's end makes")
+    if not files: fail(f"{run} is no run folder with samples in it")
     return json.loads(Path(run, "config.json").read_text()), files
 
 def real_pictures(config):
