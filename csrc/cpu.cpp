@@ -11,7 +11,6 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
-#include <array>
 #include <cmath>
 #include <numeric>
 #include <vector>
@@ -21,45 +20,37 @@
 namespace gan_ops {
 namespace {
 
-using V = at::vec::Vectorized<float>;
-using Pack = std::array<V, 2>;
-constexpr int W = 2 * V::size();  // values of a column in a row
+using V = at::vec::VectorizedN<float, 2>;
+constexpr int W = V::size();      // values of a column in a row
 constexpr int64_t GRAIN = 16384;  // values that a thread is worth starting for
 using Full = std::integral_constant<int64_t, W>;  // a count of values that is known when the loop is compiled
+template <typename T>
+using Stored = at::vec::VectorizedN<T, 2 * sizeof(T) / sizeof(float)>;
 
 // Fetches what lies `ahead` too, which comes next, since the processor foresees only long stretches.
 template <typename T>
-C10_ALWAYS_INLINE Pack load(const T* from, int64_t count = W, int64_t ahead = 0) {
+C10_ALWAYS_INLINE V load(const T* from, int64_t count = W, int64_t ahead = 0) {
 #ifdef __GNUC__
   if (ahead) __builtin_prefetch(from + ahead);
 #endif
-  if constexpr (std::is_same_v<T, float>) {
-    return {V::loadu(from, std::min<int64_t>(count, W / 2)), V::loadu(from + W / 2, std::max<int64_t>(count - W / 2, 0))};
-  } else {
-    auto [low, high] = at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(from, count));
-    return {low, high};
-  }
+  return at::vec::convert<float, 2>(count == W ? Stored<T>::loadu(from) : Stored<T>::loadu(from, count));
 }
 
 template <typename T>
-C10_ALWAYS_INLINE void store(T* to, const Pack& values, int64_t count = W) {
-  if constexpr (std::is_same_v<T, float>) {
-    values[0].store(to, std::min<int64_t>(count, W / 2));
-    values[1].store(to + W / 2, std::max<int64_t>(count - W / 2, 0));
-  } else {
-    at::vec::convert_from_float<T>(values[0], values[1]).store(to, count);
-  }
+C10_ALWAYS_INLINE void store(T* to, const V& values, int64_t count = W) {
+  const auto stored = at::vec::convert<T, 2 * sizeof(T) / sizeof(float)>(values);
+  count == W ? stored.store(to) : stored.store(to, count);
 }
 
 // 0 in the lanes from `count` on.
-C10_ALWAYS_INLINE void cut(Pack& values, int64_t count) {
-  for (int k = 0; count < W && k < 2; ++k) {
-    values[k] = V::blendv(V(0), values[k], V::arange(float(k * W / 2), 1) < V(float(count)));
-  }
+C10_ALWAYS_INLINE V cut(const V& values, int64_t count) {
+  return count == W ? values : V::blendv(V(0), values, V::arange(0, 1) < V(float(count)));
 }
 
 // value, times slope where `test` is not positive (at 0 and NaN too, as in PyTorch).
-C10_ALWAYS_INLINE V leaky(V value, V test, V slope) { return V::blendv(value * slope, value, test > V(0)); }
+C10_ALWAYS_INLINE V leaky(const V& value, const V& test, float slope) {
+  return V::blendv(value * V(slope), value, test > V(0));
+}
 
 // A piece of the table: `height` rows, `stride` apart, of one column.
 struct Column {
@@ -71,11 +62,11 @@ struct Column {
 struct Layout {
   int64_t rows, c, hw, repeat, columns;  // a channel has `repeat` entries in Numbers, of columns in all
   int64_t each, runs;                    // rows of a run of values that are summed up in float
-  bool planes;                           // large ones
+  bool split, planes;                    // in halves; large ones
 
-  explicit Layout(const Shape& s) : rows(s.n), c(s.c), hw(s.hw), planes(s.hw >= 64) {
+  Layout(const Shape& s, bool split) : rows(s.n), c(s.c), hw(s.hw), split(split), planes(s.hw >= 64) {
     repeat = planes ? W : hw, columns = c * repeat;
-    each = planes ? std::max<int64_t>(1, 8192 / hw) : rows < 256 ? (hw == 1 ? 64 : 16) : rows < 4096 ? 32 : rows < 65536 ? 128 : 512;
+    each = planes ? std::max<int64_t>(1, 8192 / hw) : std::clamp<int64_t>(rows / 64, 32, 512);
     runs = (rows + each - 1) / each;
   }
 
@@ -83,7 +74,7 @@ struct Layout {
 
   // f(column, count) for the values of channels [first, last) in a run; of all channels, where planes are small.
   template <typename F>
-  void walk(int64_t run, int64_t first, int64_t last, bool split, F f) const {
+  void walk(int64_t run, int64_t first, int64_t last, F f) const {
     const int64_t half = split ? c / 2 : c, length = half * hw, tall = std::clamp<int64_t>(1024 / columns, 4, 16);
     for (int64_t m = run * each; planes && m < end(run); ++m) {
       for (int64_t i = first; i < last; ++i) {
@@ -95,9 +86,9 @@ struct Layout {
       }
     }
     for (int64_t m = run * each; !planes && m < end(run); m += tall) {
-      for (int64_t i = 0; i < length * (1 + split); i += i % length + W < length ? W : length - i % length) {
-        const int64_t height = std::min(tall, end(run) - m), count = length - i % length;
-        const Column column{m * columns + i, m * length + i % length, i / length, i, height, columns, length, tall * length};
+      for (int64_t i = 0; i < columns; i += i % length + W < length ? W : length - i % length) {
+        const int64_t height = std::min(tall, end(run) - m), at = m * length + i % length, count = length - i % length;
+        const Column column{m * columns + i, at, i / length, i, height, columns, length, tall * length};
         count < W ? f(column, count) : f(column, Full{});
       }
     }
@@ -116,7 +107,7 @@ struct Layout {
         for (int64_t first = begin * block; first < std::min(c, end * block); first += block) {
           const int64_t last = std::min(c, first + block);
           for (int64_t run = 0; reduces && run < runs; ++run) reduce(run, first, last);
-          settle(first, last);
+          if (reduces) settle(first, last);
           for (int64_t run = runs - 1; run >= 0; --run) apply(run, first, last);
         }
       });
@@ -124,7 +115,7 @@ struct Layout {
     over(reduces ? runs : 0, each * columns, [&](int64_t begin, int64_t end) {
       for (int64_t run = begin; run < end; ++run) reduce(run, 0, c);
     });
-    over(c, 4 * runs, settle);
+    over(reduces ? c : 0, 4 * runs, settle);
     over(runs, each * columns, [&](int64_t begin, int64_t end) {
       for (int64_t run = end - 1; run >= begin; --run) apply(run, 0, c);
     });
@@ -139,186 +130,119 @@ struct Numbers {
   explicit Numbers(const Layout& l, int64_t runs = 1) : repeat(l.repeat), padded(l.columns + W), all(runs * padded) {}
 
   float* at(int64_t entry, int64_t run = 0) { return &all[run * padded + entry]; }
-  void set(int64_t i, double value, int64_t run = 0) { std::fill_n(at(i * repeat, run), repeat, float(value)); }
-  double sum(int64_t i, int64_t run) { return std::accumulate(at(i * repeat, run), at(i * repeat, run) + repeat, 0.0); }
-};
-
-// What channels are normalised with. Forward and backward must agree on the sign of what LeakyReLU sees.
-struct Norm {
-  Numbers mean, scale, bias;  // scale: weight / deviation
-
-  explicit Norm(const Layout& l) : mean(l), scale(l), bias(l) {}
-
-  template <typename Call>
-  void set(const Call& call, int64_t i) {
-    auto weight = static_cast<const float*>(call.weight), shift = static_cast<const float*>(call.bias);
-    mean.set(i, static_cast<const float*>(call.mean)[i]), bias.set(i, shift ? shift[i] : 0);
-    scale.set(i, (weight ? weight[i] : 1) * static_cast<const float*>(call.rstd)[i]);
+  void set(int64_t i, double value) { std::fill_n(at(i * repeat), repeat, float(value)); }
+  double sum(int64_t i) {
+    double total = 0;
+    for (auto from = all.begin() + i * repeat; from < all.end(); from += padded) {
+      total = std::accumulate(from, from + repeat, total);
+    }
+    return total;
   }
 };
 
-// NORMALISE: else a seam's sum alone. FIRST: LeakyReLU comes first.
-template <typename T, bool NORMALISE, bool FIRST>
-void forward(const Forward& f) {
-  const Layout l(f.shape);
-  const V slope_(float(f.slope));
-  const auto x = static_cast<const T*>(f.x), right = static_cast<const T*>(f.right);
-  const auto sum_of_seam = static_cast<T*>(f.sum);
-  Norm norm(l);
-  Numbers shifts(l, l.runs), sums(l, l.runs), squares(l, l.runs);
+// One call. FIRST: LeakyReLU comes first.
+template <typename T, bool FIRST, class Call>
+void run(const Call& call) {
+  constexpr bool BACK = std::is_same_v<Call, Backward>;
+  const Layout l(call.shape, call.halves[1]);
+  const float slope = call.slope;
+  const auto x = static_cast<const T*>(call.x);
+  Numbers mean(l), scale(l), bias(l), level(l, BACK), tilt(l, BACK), sums(l, l.runs), products(l, l.runs);
 
-  // Values as they are read first: a sum is rounded as it is written.
-  auto read = [=](int64_t at, auto count, int64_t ahead) C10_ALWAYS_INLINE_ATTRIBUTE {
-    Pack values = load(x + at, count, ahead);
-    if (!right) return values;
-    const Pack other = load(right + at, count, ahead);
-    for (int k = 0; k < 2; ++k) values[k] = values[k] + other[k];
-    if (!NORMALISE) return values;
-    store(sum_of_seam + at, values, count);
-    return load(sum_of_seam + at, count);
+  // What a channel is normalised with. Forward and backward must agree on the sign of what LeakyReLU sees.
+  auto set_norm = [&](int64_t i) {
+    auto weight = static_cast<const float*>(call.weight), shift = static_cast<const float*>(call.bias);
+    mean.set(i, static_cast<const float*>(call.mean)[i]), bias.set(i, shift ? shift[i] : 0);
+    scale.set(i, (weight ? weight[i] : 1) * static_cast<const float*>(call.rstd)[i]);
   };
-  // The first value of a channel in a run, from which its sums are shifted.
-  auto shift_of = [&](int64_t run, int64_t i) {
-    const int64_t at = run * l.each * l.c * l.hw + i * l.hw;
-    const float value = right ? float(x[at]) + float(right[at]) : float(x[at]);
-    return !std::isfinite(value) ? 0 : FIRST && value <= 0 ? value * float(f.slope) : value;
-  };
-  auto reduce = [&](int64_t run, int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) shifts.set(i, shift_of(run, i), run);
-    l.walk(run, first, last, false, [&](const Column column, auto count) {
-      const Pack shift = load(shifts.at(column.entry, run));
-      const V slope = slope_;
-      Pack sum = load(sums.at(column.entry, run)), square = load(squares.at(column.entry, run));
-      for (int64_t r = 0; r < column.height; ++r) {
-        Pack v = read(column.at + r * column.stride, count, column.ahead);
-        for (int k = 0; k < 2; ++k) v[k] = (FIRST ? leaky(v[k], v[k], slope) : v[k]) - shift[k];
-        cut(v, count);
-        for (int k = 0; k < 2; ++k) sum[k] = sum[k] + v[k], square[k] = at::vec::fmadd(v[k], v[k], square[k]);
-      }
-      store(sums.at(column.entry, run), sum), store(squares.at(column.entry, run), square);
-    });
-  };
-  auto settle = [&](int64_t first, int64_t last) {
-    auto running_mean = static_cast<float*>(f.running_mean), running_var = static_cast<float*>(f.running_var);
-    for (int64_t i = first; NORMALISE && i < last; ++i) {
-      double mean = 0, apart = 0, count = 0;  // of the values so far; apart: squared distances from the mean
-      for (int64_t run = 0; f.training && run < l.runs; ++run) {
-        const double n = (l.end(run) - run * l.each) * l.hw, sum = sums.sum(i, run);
-        const double own = *shifts.at(i * l.repeat, run) + sum / n, delta = own - mean;
-        apart += std::max(squares.sum(i, run) - sum * sum / n, 0.0) + delta * delta * count * n / (count + n);
-        count += n;
-        mean += std::isfinite(delta) ? delta * n / count : own;  // an infinite mean stays infinite
-      }
-      double variance = apart / count;
-      if (!f.training) {
-        mean = running_mean[i], variance = running_var[i];
-      } else if (running_mean) {
-        running_mean[i] += f.momentum * (mean - running_mean[i]);
-        running_var[i] += f.momentum * ((f.biased ? variance : apart / (count - 1)) - running_var[i]);
-      }
-      static_cast<float*>(f.mean)[i] = mean, static_cast<float*>(f.rstd)[i] = 1 / std::sqrt(variance + f.eps);
-      norm.set(f, i);
-    }
-  };
-  auto apply = [&](int64_t run, int64_t first, int64_t last) {
-    l.walk(run, first, last, f.out[1], [&](const Column column, auto count) {
-      const auto mean = load(norm.mean.at(column.entry)), scale = load(norm.scale.at(column.entry));
-      const auto bias = load(norm.bias.at(column.entry));
-      const T* const again = NORMALISE && f.training ? right ? sum_of_seam : x : nullptr;
-      T* const out = static_cast<T*>(f.out[column.half]) + column.half_at;
-      const V slope = slope_;
-      for (int64_t r = 0; r < column.height; ++r) {
-        const int64_t at = column.at + r * column.stride;
-        Pack v = again ? load(again + at, count, column.ahead) : read(at, count, column.ahead);
-        for (int k = 0; NORMALISE && k < 2; ++k) {
-          if (FIRST) v[k] = leaky(v[k], v[k], slope);
-          v[k] = at::vec::fmadd(v[k] - mean[k], scale[k], bias[k]);
-          if (!FIRST) v[k] = leaky(v[k], v[k], slope);
-        }
-        store(out + r * column.half_stride, v, count);
-      }
-    });
-  };
-  l.schedule(NORMALISE && f.training, reduce, settle, apply);
-}
-
-template <typename T, bool FIRST>
-void backward(const Backward& b) {
-  const Layout l(b.shape);
-  const V slope_(float(b.slope));
-  Norm norm(l);
-  Numbers grads(l, l.runs), products(l, l.runs), level(l), tilt(l);
-  for (int64_t i = 0; i < l.c; ++i) norm.set(b, i);
-
-  // Down a column, use(row, x, distance from the mean, gradient of what was normalised).
+  // Down a column, use(row, x, distance from the mean, y); in backward y is the gradient of what was normalised.
   auto down = [&](const Column& column, auto count, auto use) C10_ALWAYS_INLINE_ATTRIBUTE {
-    const auto mean = load(norm.mean.at(column.entry)), scale = load(norm.scale.at(column.entry));
-    const auto bias = load(norm.bias.at(column.entry));
-    const auto x = static_cast<const T*>(b.x) + column.at, dy = static_cast<const T*>(b.grad[column.half]) + column.half_at;
-    const V slope = slope_;
+    const auto centre = load(mean.at(column.entry)), factor = load(scale.at(column.entry));
+    const auto shift = load(bias.at(column.entry));
+    const auto half = static_cast<const T*>(call.halves[column.half]) + column.half_at;
     for (int64_t r = 0; r < column.height; ++r) {
-      const Pack v = load(x + r * column.stride, count, column.ahead);
-      Pack apart, g = load(dy + r * column.half_stride, count, column.ahead);
-      for (int k = 0; k < 2; ++k) {
-        apart[k] = (FIRST ? leaky(v[k], v[k], slope) : v[k]) - mean[k];
-        if (!FIRST) g[k] = leaky(g[k], at::vec::fmadd(apart[k], scale[k], bias[k]), slope);
-      }
-      use(r, v, apart, g);
+      const V v = load(x + column.at + r * column.stride, count, column.ahead);
+      const V apart = (FIRST ? leaky(v, v, slope) : v) - centre, normal = at::vec::fmadd(apart, factor, shift);
+      const V y = BACK ? load(half + r * column.half_stride, count, column.ahead) : normal;
+      use(r, v, apart, FIRST ? y : leaky(y, normal, slope));
     }
   };
   auto reduce = [&](int64_t run, int64_t first, int64_t last) {
-    l.walk(run, first, last, b.grad[1], [&](const Column column, auto count) {
-      Pack sum = load(grads.at(column.entry, run)), product = load(products.at(column.entry, run));
-      down(column, count, [&](int64_t, const Pack&, Pack apart, Pack g) C10_ALWAYS_INLINE_ATTRIBUTE {
-        cut(apart, count), cut(g, count);
-        for (int k = 0; k < 2; ++k) sum[k] = sum[k] + g[k], product[k] = at::vec::fmadd(g[k], apart[k], product[k]);
+    l.walk(run, first, last, [&](const Column column, auto count) {
+      V sum = load(sums.at(column.entry, run)), product = load(products.at(column.entry, run));
+      down(column, count, [&](int64_t, const V&, const V& apart, const V& y) C10_ALWAYS_INLINE_ATTRIBUTE {
+        const V one = cut(BACK ? y : apart, count);
+        sum = sum + one, product = at::vec::fmadd(one, cut(apart, count), product);
       });
-      store(grads.at(column.entry, run), sum), store(products.at(column.entry, run), product);
+      store(sums.at(column.entry, run), sum), store(products.at(column.entry, run), product);
     });
   };
   auto settle = [&](int64_t first, int64_t last) {
+    const double count = l.rows * l.hw;
     for (int64_t i = first; i < last; ++i) {
-      double sum = 0, product = 0, rstd = static_cast<const float*>(b.rstd)[i];
-      for (int64_t run = 0; run < l.runs; ++run) sum += grads.sum(i, run), product += products.sum(i, run);
-      if (b.dbias) static_cast<float*>(b.dbias)[i] = sum;
-      if (b.dweight) static_cast<float*>(b.dweight)[i] = product * rstd;
-      const double share = *norm.scale.at(i * l.repeat) / double(l.rows * l.hw);
-      level.set(i, share * sum), tilt.set(i, share * product * rstd * rstd);
+      const double sum = sums.sum(i), product = products.sum(i);
+      if constexpr (BACK) {
+        const double rstd = static_cast<const float*>(call.rstd)[i], share = *scale.at(i * l.repeat) / count;
+        if (call.dbias) static_cast<float*>(call.dbias)[i] = sum;
+        if (call.dweight) static_cast<float*>(call.dweight)[i] = product * rstd;
+        level.set(i, share * sum), tilt.set(i, share * product * rstd * rstd);
+      } else {
+        auto running_mean = static_cast<float*>(call.running_mean), running_var = static_cast<float*>(call.running_var);
+        const double squares = std::max(product - sum * sum / count, 0.0);  // of distances from the mean
+        const double centre = *mean.at(i * l.repeat) + sum / count, variance = squares / count;
+        if (running_mean) {
+          running_mean[i] += call.momentum * (centre - running_mean[i]);
+          running_var[i] += call.momentum * ((call.biased ? variance : squares / (count - 1)) - running_var[i]);
+        }
+        static_cast<float*>(call.mean)[i] = centre;
+        static_cast<float*>(call.rstd)[i] = 1 / std::sqrt(variance + call.eps);
+        set_norm(i);
+      }
     }
   };
   auto apply = [&](int64_t run, int64_t first, int64_t last) {
-    l.walk(run, first, last, b.grad[1], [&](const Column column, auto count) {
-      const auto scale = load(norm.scale.at(column.entry)), less = load(level.at(column.entry));
-      const auto slant = load(tilt.at(column.entry));
-      const bool training = b.training;
-      const V slope = slope_;
-      T* const dx = static_cast<T*>(b.dx) + column.at;
-      down(column, count, [&](int64_t r, const Pack& x, const Pack& apart, Pack g) C10_ALWAYS_INLINE_ATTRIBUTE {
-        for (int k = 0; k < 2; ++k) {
-          g[k] = g[k] * scale[k];
-          if (training) g[k] = g[k] - at::vec::fmadd(apart[k], slant[k], less[k]);
-          if (FIRST) g[k] = leaky(g[k], x[k], slope);
-        }
-        store(dx + r * column.stride, g, count);
-      });
+    l.walk(run, first, last, [&](const Column column, auto count) {
+      if constexpr (BACK) {
+        const auto factor = load(scale.at(column.entry)), less = load(level.at(column.entry));
+        const auto slant = load(tilt.at(column.entry));
+        const bool training = call.training;
+        T* const dx = static_cast<T*>(call.dx) + column.at;
+        down(column, count, [&](int64_t r, const V& v, const V& apart, V g) C10_ALWAYS_INLINE_ATTRIBUTE {
+          g = g * factor;
+          if (training) g = g - at::vec::fmadd(apart, slant, less);
+          store(dx + r * column.stride, FIRST ? leaky(g, v, slope) : g, count);
+        });
+      } else {
+        T* const out = static_cast<T*>(call.halves[column.half]) + column.half_at;
+        down(column, count, [&](int64_t r, const V&, const V&, const V& y) C10_ALWAYS_INLINE_ATTRIBUTE {
+          store(out + r * column.half_stride, y, count);
+        });
+      }
     });
   };
-  l.schedule(b.training || b.dweight || b.dbias, reduce, settle, apply);
+  // In training forward sums up distances from a channel's first value.
+  for (int64_t i = 0; i < l.c; ++i) {
+    const float value = x[i * l.hw];
+    if (BACK || !call.training) {
+      set_norm(i);
+    } else if (std::isfinite(value)) {
+      mean.set(i, FIRST && value <= 0 ? value * slope : value);
+    }
+  }
+  bool reduces = call.training;
+  if constexpr (BACK) reduces |= call.dweight || call.dbias;
+  l.schedule(reduces, reduce, settle, apply);
 }
 
-template <typename T>
-void run(const Forward& f) {
-  f.activate_first ? forward<T, true, true>(f) : f.normalise ? forward<T, true, false>(f) : forward<T, false, false>(f);
-}
-
-template <typename T>
-void run(const Backward& b) {
-  b.activate_first ? backward<T, true>(b) : backward<T, false>(b);
+template <class Call>
+void run(const Call& call) {
+  if (call.shape.type == Type::f32) return call.activate_first ? run<float, true>(call) : run<float, false>(call);
+  call.activate_first ? run<c10::BFloat16, true>(call) : run<c10::BFloat16, false>(call);
 }
 
 }  // namespace
 
-void run_on_cpu(const Forward& f) { f.shape.type == Type::f32 ? run<float>(f) : run<c10::BFloat16>(f); }
-void run_on_cpu(const Backward& b) { b.shape.type == Type::f32 ? run<float>(b) : run<c10::BFloat16>(b); }
+void run_on_cpu(const Forward& f) { run(f); }
+void run_on_cpu(const Backward& b) { run(b); }
 
 }  // namespace gan_ops

@@ -22,19 +22,6 @@ __device__ inline uint32_t narrow_two(float a, float b, __half) {
   return reinterpret_cast<uint32_t&>(two);
 }
 
-// Programmatic dependent launch: the second of two launches may take its place on the processors while the first one
-// ends, and waits there for what that has written.
-__device__ inline void start_next_launch() {
-#if __CUDA_ARCH__ >= 900
-  cudaTriggerProgrammaticLaunchCompletion();
-#endif
-}
-__device__ inline void wait_for_previous_launch() {
-#if __CUDA_ARCH__ >= 900
-  cudaGridDependencySynchronize();
-#endif
-}
-
 }  // namespace gan_ops
 
 #include "cuda_kernels.h"
@@ -42,20 +29,11 @@ __device__ inline void wait_for_previous_launch() {
 namespace gan_ops {
 namespace {
 
-// Whether a device runs code that waits as above: it was compiled for such, and the device is one.
-bool overlaps(int device) {
-  constexpr int architectures[] = {__CUDA_ARCH_LIST__};
-  int major = 0;
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  return major >= 9 && architectures[sizeof architectures / sizeof(int) - 1] >= 900;
-}
-
 // One stream's launches on the current device, up to the first error.
 struct Launches {
   cudaStream_t stream;
   int device = 0, processors = 0, threads = kThreads;
   cudaError_t error;
-  bool first = true;
 
   explicit Launches(void* stream_) : stream(static_cast<cudaStream_t>(stream_)), error(cudaGetDevice(&device)) {
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
@@ -64,14 +42,8 @@ struct Launches {
   template <class... Given>
   void operator()(void (*kernel)(Given...), int blocks, int block, Given... given) {
     if (error != cudaSuccess) return;
-    cudaLaunchAttribute overlap{};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = blocks, config.blockDim = block, config.stream = stream;
-    config.attrs = &overlap, config.numAttrs = !first && overlaps(device);
-    error = cudaLaunchKernelEx(&config, kernel, given...);
-    first = false;
+    kernel<<<blocks, block, 0, stream>>>(given...);
+    error = cudaGetLastError();
   }
 
   void clear(void* memory, size_t bytes) {
@@ -87,16 +59,14 @@ size_t workspace_bytes(const Shape& s) {
   return launches.error == cudaSuccess ? workspace_bytes_of(s, launches.processors, launches.threads) : 0;
 }
 
-int run_on_cuda(const Forward& f, void* workspace, void* stream) {
+template <class Call>
+static int run_all(const Call& call, void* workspace, void* stream) {
   Launches launches(stream);
-  if (launches.error == cudaSuccess) run(f, workspace, launches);
+  if (launches.error == cudaSuccess) run(call, workspace, launches);
   return launches.error;
 }
 
-int run_on_cuda(const Backward& b, void* workspace, void* stream) {
-  Launches launches(stream);
-  if (launches.error == cudaSuccess) run(b, workspace, launches);
-  return launches.error;
-}
+int run_on_cuda(const Forward& f, void* workspace, void* stream) { return run_all(f, workspace, stream); }
+int run_on_cuda(const Backward& b, void* workspace, void* stream) { return run_all(b, workspace, stream); }
 
 }  // namespace gan_ops

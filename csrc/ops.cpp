@@ -1,12 +1,14 @@
 // The operations of gan_ops: their schema, their checks, their autograd, and the module that `import gan_ops` loads.
 //
 // The public operations are built from two private ones (with an underscore), which are what a backend and
-// torch.compile see. Types that no kernel knows (float64; on the CPU float16) are served by ATen's operations, and so
-// are gradients that are to be differentiated themselves (create_graph), as often as one likes.
+// torch.compile see. What no kernel knows (float64; on the CPU float16; no values at all; other devices) is served by
+// ATen's operations, and so are gradients that are to be differentiated themselves (create_graph), as often as one
+// likes. The sum at a seam is ATen's own.
 #include <Python.h>
 
 #include <ATen/ATen.h>
 #include <ATen/Version.h>
+#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -23,14 +25,15 @@ namespace {
 
 using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
+using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// What an operation is given besides its input. Not to `normalise` is for a seam alone.
+// What an operation is given besides its input.
 struct Norm {
   MaybeTensor weight, bias, running_mean, running_var;
   bool training;
   double momentum, eps, slope;
-  bool normalise = true, activate_first = false, biased = false, split = false;
+  bool activate_first, biased, split;
 };
 
 bool given(const MaybeTensor& tensor) { return tensor && tensor->defined(); }
@@ -47,8 +50,8 @@ void check_input(const Tensor& x, const char* name) {
 
 void check_channels(const Tensor& x, const MaybeTensor& tensor, const char* name, bool moves = false) {
   if (!given(tensor)) return;
-  TORCH_CHECK(tensor->dim() == 1 && tensor->sym_size(0) == x.sym_size(1), name, " must have one number for each of the ",
-              x.sym_size(1), " channels, not the sizes ", tensor->sym_sizes());
+  TORCH_CHECK(tensor->dim() == 1 && tensor->sym_size(0) == x.sym_size(1), name,
+              " must have one number for each of the ", x.sym_size(1), " channels, not the sizes ", tensor->sym_sizes());
   TORCH_CHECK(tensor->scalar_type() == channel_type(x), name, " must be ", channel_type(x), " with an input of ",
               x.scalar_type(), ", not ", tensor->scalar_type());
   TORCH_CHECK(tensor->device() == x.device(), name, " must be on ", x.device(), " as x is, not on ", tensor->device());
@@ -56,10 +59,13 @@ void check_channels(const Tensor& x, const MaybeTensor& tensor, const char* name
   TORCH_CHECK(!moves || tensor->is_contiguous(), name, " must be contiguous: it is moved in place");
 }
 
-void check(const Tensor& x, const Norm& norm) {
-  TORCH_CHECK(!norm.split || x.sym_size(1) % 2 == 0, "split must be False, or the number of channels even, not ",
+void check_split(const Tensor& x, bool split) {
+  TORCH_CHECK(!split || x.sym_size(1) % 2 == 0, "split must be False, or the number of channels even, not ",
               x.sym_size(1));
-  if (!norm.normalise) return;
+}
+
+void check(const Tensor& x, const Norm& norm) {
+  check_split(x, norm.split);
   check_channels(x, norm.weight, "weight");
   check_channels(x, norm.bias, "bias");
   check_channels(x, norm.running_mean, "running_mean", true);
@@ -71,26 +77,39 @@ void check(const Tensor& x, const Norm& norm) {
                     "x must have more than 1 value per channel when training, not the sizes ", x.sym_sizes());
 }
 
-// Memory ------------------------------------------------------------------------------------------------------------
+// By ATen's operations ----------------------------------------------------------------------------------------------
 
-Shape shape_of(const Tensor& x, at::MemoryFormat format) {
-  int64_t c = x.size(1), hw = format == at::MemoryFormat::Contiguous ? x.numel() / c / x.size(0) : 1;
-  auto type = x.scalar_type();
-  return {x.numel() / c / hw, c, hw, type == at::kFloat ? Type::f32 : type == at::kHalf ? Type::f16 : Type::bf16};
+// The normalised tensor, before it is split; autograd knows all that happens here.
+Tensor by_aten(const Tensor& x, const Norm& norm) {
+  std::vector<int64_t> dims{0}, sizes(x.dim(), 1);  // sizes: with which numbers of channels are spread over x
+  for (int64_t i = 2; i < x.dim(); ++i) dims.push_back(i);
+  sizes[1] = -1;
+  auto y = x.to(channel_type(x));
+  if (norm.activate_first) y = at::leaky_relu(y, norm.slope);
+  if (x.sym_numel() != 0) {  // where there are no values, statistics stay as they are
+    auto mean = norm.training ? y.mean(dims) : *norm.running_mean;
+    auto var = norm.training ? y.var(dims, false) : *norm.running_var;
+    if (norm.training && given(norm.running_mean)) {
+      auto spread = norm.biased ? var : y.var(dims, true);
+      norm.running_mean->mul_(1 - norm.momentum).add_(mean.detach(), norm.momentum);
+      norm.running_var->mul_(1 - norm.momentum).add_(spread.detach(), norm.momentum);
+    }
+    y = (y - mean.view(sizes)) * (var + norm.eps).rsqrt().view(sizes);
+  }
+  if (given(norm.weight)) y = y * norm.weight->view(sizes);
+  if (given(norm.bias)) y = y + norm.bias->view(sizes);
+  if (!norm.activate_first) y = at::leaky_relu(y, norm.slope);
+  return y.to(x.scalar_type());
 }
 
-Tensor empty_half(const Tensor& x, bool split, at::MemoryFormat format) {
-  auto sizes = x.sym_sizes().vec();
-  if (split) sizes[1] = sizes[1] / 2;
-  return at::empty_symint(sizes, x.options(), format);
+// Copies, since a half that is a view could not be changed in place.
+variable_list parts_of(const Tensor& y, bool split, at::MemoryFormat format) {
+  if (!split) return {y.contiguous(format)};
+  auto halves = y.chunk(2, 1);
+  return {halves[0].clone(format), halves[1].clone(format)};
 }
 
-Tensor dense(const MaybeTensor& tensor, at::MemoryFormat format = at::MemoryFormat::Contiguous) {
-  return given(tensor) ? tensor->contiguous(format) : Tensor();
-}
-
-const void* data(const Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
-void* data(const Tensor& tensor, bool there) { return there ? tensor.mutable_data_ptr() : nullptr; }
+// By kernels --------------------------------------------------------------------------------------------------------
 
 // On an x86 processor the kernels need AVX2, which ATen looks for.
 bool cpu_serves() {
@@ -102,9 +121,26 @@ bool cpu_serves() {
 }
 
 bool has_kernel(const Tensor& x) {
+#ifdef GAN_OPS_CUDA
+  const bool on_gpu = x.is_cuda();
+#else
+  const bool on_gpu = false;
+#endif
   auto type = x.scalar_type();
-  return type != at::kDouble && (x.is_cuda() || (type != at::kHalf && cpu_serves()));
+  return (on_gpu || (x.is_cpu() && type != at::kHalf && cpu_serves())) && type != at::kDouble && x.sym_numel() != 0;
 }
+
+// Of a dense tensor.
+Shape shape_of(const Tensor& x) {
+  bool contiguous = x.suggest_memory_format() == at::MemoryFormat::Contiguous;
+  int64_t c = x.size(1), hw = contiguous ? x.numel() / c / x.size(0) : 1;
+  auto type = x.scalar_type();
+  return {x.numel() / c / hw, c, hw, type == at::kFloat ? Type::f32 : type == at::kHalf ? Type::f16 : Type::bf16};
+}
+
+MaybeTensor dense(const MaybeTensor& tensor) { return given(tensor) ? tensor->contiguous() : tensor; }
+const void* read(const MaybeTensor& tensor) { return given(tensor) ? tensor->const_data_ptr() : nullptr; }
+void* written(const MaybeTensor& tensor) { return given(tensor) ? tensor->mutable_data_ptr() : nullptr; }
 
 // On CUDA the kernels are launched on the current stream of x's device, and nothing waits for them.
 template <typename Call>
@@ -121,257 +157,136 @@ void launch(const Tensor& x, const Call& call) {
   run_on_cpu(call);
 }
 
-// ATen's operations in place of a kernel ------------------------------------------------------------------------------
-
-using Normalised = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-using Gradients = std::tuple<Tensor, Tensor, Tensor>;
-
-// All dimensions but the channels', and the sizes with which numbers of channels are spread over them.
-std::pair<std::vector<int64_t>, std::vector<int64_t>> around_channels(const Tensor& x) {
-  std::vector<int64_t> dims{0}, sizes(x.dim(), 1);
-  for (int64_t i = 2; i < x.dim(); ++i) dims.push_back(i);
-  sizes[1] = -1;
-  return {dims, sizes};
+// (y or its first half, its second half or nothing, mean, rstd); x, weight and bias are dense.
+std::tuple<Tensor, Tensor, Tensor, Tensor> normalise(
+    const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& running_mean,
+    const MaybeTensor& running_var, bool training, double momentum, double eps, double slope, bool activate_first,
+    bool biased, bool split) {
+  auto sizes = x.sym_sizes().vec();
+  if (split) sizes[1] = sizes[1] / 2;
+  auto first = at::empty_symint(sizes, x.options(), x.suggest_memory_format());
+  auto second = split ? at::empty_like(first) : at::empty({0}, x.options());
+  auto mean = training ? at::empty_symint({x.sym_size(1)}, x.options().dtype(at::kFloat)) : running_mean->clone();
+  auto rstd = training ? at::empty_like(mean) : (*running_var + eps).rsqrt();
+  if (!x.is_meta()) {
+    bool moves = training && given(running_mean);
+    launch(x, Forward{shape_of(x), training, activate_first, biased, momentum, eps, slope, read(x),
+                      {written(first), written(second)}, read(weight), read(bias),
+                      moves ? written(running_mean) : nullptr, moves ? written(running_var) : nullptr, written(mean),
+                      written(rstd)});
+    for (auto* moved : {&running_mean, &running_var}) {
+      if (moves) (*moved)->unsafeGetTensorImpl()->bump_version();
+    }
+  }
+  return {first, second, mean, rstd};
 }
 
-// (y, mean, rstd); x: of a seam the sum of both branches.
-Gradients normalise_by_aten(const Tensor& x, const Norm& norm) {
-  auto [dims, sizes] = around_channels(x);
-  auto a = x.to(channel_type(x));
-  if (norm.activate_first) a = at::leaky_relu(a, norm.slope);
-  auto mean = norm.training ? a.mean(dims) : norm.running_mean->clone();
-  auto var = norm.training ? a.var(dims, false) : *norm.running_var;
-  if (norm.training && given(norm.running_mean)) {
-    double count = x.numel() / x.size(1), factor = norm.biased ? 1 : count / (count - 1);
-    norm.running_mean->mul_(1 - norm.momentum).add_(mean, norm.momentum);
-    norm.running_var->mul_(1 - norm.momentum).add_(var, norm.momentum * factor);
+// (dx, dweight, dbias) from the gradients of y, or of its two halves.
+std::tuple<Tensor, Tensor, Tensor> normalise_backward(
+    at::TensorList grads, const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, const Tensor& mean,
+    const Tensor& rstd, bool training, double slope, bool activate_first) {
+  auto dx = at::empty_like(x), dweight = at::empty_like(mean), dbias = at::empty_like(mean);
+  if (!x.is_meta()) {
+    auto format = x.suggest_memory_format();
+    auto first = grads[0].contiguous(format), second = grads.size() > 1 ? grads[1].contiguous(format) : Tensor();
+    launch(x, Backward{shape_of(x), training, activate_first, slope, read(x), {read(first), read(second)}, read(weight),
+                       read(bias), read(mean), read(rstd), written(dx), given(weight) ? written(dweight) : nullptr,
+                       given(bias) ? written(dbias) : nullptr});
   }
-  auto rstd = (var + norm.eps).rsqrt(), scale = given(norm.weight) ? rstd * *norm.weight : rstd;
-  auto y = (a - mean.view(sizes)) * scale.view(sizes);
-  if (given(norm.bias)) y = y + norm.bias->view(sizes);
-  if (!norm.activate_first) y = at::leaky_relu(y, norm.slope);
-  return {y.to(x.scalar_type()), mean, rstd};
+  return {dx, dweight, dbias};
 }
 
-// eps: given where the gradients are to be differentiated themselves; mean and rstd are then seen as functions of x.
-Gradients backward_by_aten(const Tensor& grad, const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias,
-                           const Tensor& mean_, const Tensor& rstd_, bool training, std::optional<double> eps,
-                           double slope, bool activate_first) {
-  auto [dims, sizes] = around_channels(input);
-  auto x = input.to(mean_.scalar_type()), g = grad.to(mean_.scalar_type());
-  auto a = activate_first ? at::leaky_relu(x, slope) : x;
-  auto mean = training && eps ? a.mean(dims, true) : mean_.view(sizes);
-  auto rstd = training && eps ? (a.var(dims, false, true) + *eps).rsqrt() : rstd_.view(sizes);
-  auto normal = (a - mean) * rstd;
-  auto y = given(weight) ? normal * weight->view(sizes) : normal;
-  if (given(bias)) y = y + bias->view(sizes);
-  if (!activate_first) g = at::where(y > 0, g, g * slope);
-  auto dnormal = given(weight) ? g * weight->view(sizes) : g, da = dnormal;
-  if (training) da = da - dnormal.mean(dims, true) - normal * (dnormal * normal).mean(dims, true);
-  da = da * rstd;
-  auto dx = activate_first ? at::where(x > 0, da, da * slope) : da;
-  return {dx.to(input.scalar_type()), (g * normal).sum(dims), g.sum(dims)};
-}
-
-// Private operations ------------------------------------------------------------------------------------------------
-
-// (y or its first half, its second half, the sum of a seam, mean, rstd); what there is not is empty.
-Normalised normalise(const Tensor& x, const MaybeTensor& right, const MaybeTensor& weight, const MaybeTensor& bias,
-                     const MaybeTensor& running_mean, const MaybeTensor& running_var, bool training, double momentum,
-                     double eps, double slope, bool normalise, bool activate_first, bool biased, bool split) {
-  Norm norm{weight, bias, running_mean, running_var, training, momentum, eps, slope, normalise, activate_first, biased,
-            split};
-  check(x, norm);
-  auto format = x.suggest_memory_format();
-  auto none = [&] { return at::empty({0}, x.options()); };
-  auto first = empty_half(x, split, format), second = split ? at::empty_like(first) : none();
-  auto sum = normalise && given(right) ? empty_half(x, false, format) : none();
-  auto mean = normalise ? at::empty_symint({x.sym_size(1)}, x.options().dtype(channel_type(x))) : none();
-  auto rstd = at::empty_like(mean);
-  Normalised result{first, second, sum, mean, rstd};
-  if (x.is_meta()) return result;
-  if (x.numel() == 0) {
-    mean.zero_(), rstd.zero_();
-    return result;
-  }
-  auto left = x.contiguous(format), other = dense(right, format), scale = dense(weight), shift = dense(bias);
-  bool reads = normalise && (!training || given(running_mean));
-  if (has_kernel(x)) {
-    launch(x, Forward{shape_of(left, format), normalise, training, activate_first, biased, momentum, eps, slope,
-                      data(left), data(other), data(sum, sum.numel()), {data(first, true), data(second, split)},
-                      data(scale), data(shift), reads ? running_mean->mutable_data_ptr() : nullptr,
-                      reads ? running_var->mutable_data_ptr() : nullptr, data(mean, normalise), data(rstd, normalise)});
-  } else {
-    auto input = given(right) ? left + other : left, y = input;
-    if (normalise) std::tie(y, std::get<3>(result), std::get<4>(result)) = normalise_by_aten(input, norm);
-    if (sum.numel()) sum.copy_(input);
-    first.copy_(y.narrow(1, 0, first.size(1)));
-    if (split) second.copy_(y.narrow(1, first.size(1), first.size(1)));
-  }
-  if (training && reads) {
-    running_mean->unsafeGetTensorImpl()->bump_version();
-    running_var->unsafeGetTensorImpl()->bump_version();
-  }
-  return result;
-}
-
-// (dx, dweight, dbias); `second` is the gradient of the second half.
-Gradients normalise_backward(const Tensor& first, const MaybeTensor& second, const Tensor& x, const MaybeTensor& weight,
-                             const MaybeTensor& bias, const Tensor& mean, const Tensor& rstd, bool training,
-                             double slope, bool activate_first) {
-  auto format = x.suggest_memory_format();
-  auto dweight = at::empty_symint({x.sym_size(1)}, x.options().dtype(channel_type(x)));
-  Gradients result{empty_half(x, false, format), dweight, at::empty_like(dweight)};
-  if (x.is_meta()) return result;
-  auto& [dx, dw, dbias] = result;
-  auto values = x.contiguous(format), grad = first.contiguous(format), scale = dense(weight), shift = dense(bias);
-  auto other = dense(second, format);
-  if (x.numel() == 0) {
-    dw.zero_(), dbias.zero_();
-  } else if (has_kernel(x)) {
-    launch(x, Backward{shape_of(values, format), training, activate_first, slope, {data(grad), data(other)},
-                       data(values), data(scale), data(shift), data(mean), data(rstd), data(dx, true),
-                       data(dw, given(weight)), data(dbias, given(bias))});
-  } else {
-    auto whole = given(second) ? at::cat({grad, other}, 1) : grad;
-    result = backward_by_aten(whole, values, weight, bias, mean, rstd, training, {}, slope, activate_first);
-  }
-  return result;
-}
-
-// The private operations through the dispatcher, by name.
+// A private operation through the dispatcher.
 template <typename F>
 auto find(const char* name, F*) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<F>();
 }
 
-variable_list call(const Tensor& x, const MaybeTensor& right, const Norm& norm, variable_list* rest = nullptr) {
-  static auto op = find("gan_ops::_normalise", normalise);
-  auto [first, second, sum, mean, rstd] = op.call(
-      x, right, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.training, norm.momentum, norm.eps,
-      norm.slope, norm.normalise, norm.activate_first, norm.biased, norm.split);
-  if (rest) *rest = {sum, mean, rstd};
-  return norm.split ? variable_list{first, second} : variable_list{first};
-}
-
-// Autograd ----------------------------------------------------------------------------------------------------------
-
 struct Normalise : torch::autograd::Function<Normalise> {
-  // The outputs, and at a seam the sum, since second gradients pass through it.
-  static variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const MaybeTensor& right,
-                               const MaybeTensor& weight, const MaybeTensor& bias, const Norm& norm) {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const MaybeTensor& weight,
+                               const MaybeTensor& bias, const Norm& norm) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    variable_list rest, outputs = call(x, right, norm, &rest);
-    bool seam = given(right) && norm.normalise;
-    ctx->set_materialize_grads(!norm.normalise);
-    if (norm.normalise) {
-      ctx->save_for_backward({seam ? rest[0] : x, weight.value_or(Tensor()), bias.value_or(Tensor()), rest[1], rest[2]});
-    }
-    ctx->saved_data["flags"] = std::vector<bool>{norm.normalise, norm.training, norm.activate_first, norm.split};
+    static auto op = find("gan_ops::_normalise", normalise);
+    auto [first, second, mean, rstd] =
+        op.call(x, weight, bias, norm.running_mean, norm.running_var, norm.training, norm.momentum, norm.eps,
+                norm.slope, norm.activate_first, norm.biased, norm.split);
+    ctx->save_for_backward({x, weight.value_or(Tensor()), bias.value_or(Tensor()), mean, rstd});
+    ctx->saved_data["flags"] = std::vector<bool>{norm.training, norm.activate_first};
     ctx->saved_data["numbers"] = std::vector<double>{norm.eps, norm.slope};
-    if (seam) outputs.push_back(rest[0]);
-    return outputs;
+    return norm.split ? variable_list{first, second} : variable_list{first};
   }
 
-  static variable_list backward(torch::autograd::AutogradContext* ctx, variable_list grads) {
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
     auto flags = ctx->saved_data["flags"].toBoolList();
     auto numbers = ctx->saved_data["numbers"].toDoubleVector();
-    bool training = flags[1], activate_first = flags[2], split = flags[3];
-    double eps = numbers[0], slope = numbers[1];
-    if (!flags[0]) {
-      auto grad = split ? at::cat({grads[0], grads[1]}, 1) : grads[0];
-      return {grad, grad, Tensor(), Tensor(), Tensor()};
-    }
     auto saved = ctx->get_saved_variables();
     auto &x = saved[0], &weight = saved[1], &bias = saved[2], &mean = saved[3], &rstd = saved[4];
-    size_t outputs = split ? 2 : 1;
-    bool seam = grads.size() > outputs;
-    Tensor dx, dweight, dbias;
-    if (grads[0].defined() || (split && grads[1].defined())) {
-      for (size_t i = 0; i < outputs; ++i) {
-        if (!grads[i].defined()) grads[i] = at::zeros_like(grads[1 - i]);
-      }
-      if (at::GradMode::is_enabled()) {
-        auto grad = split ? at::cat({grads[0], grads[1]}, 1) : grads[0];
-        std::tie(dx, dweight, dbias) =
-            backward_by_aten(grad, x, weight, bias, mean, rstd, training, eps, slope, activate_first);
-      } else {
-        static auto op = find("gan_ops::_normalise_backward", normalise_backward);
-        std::tie(dx, dweight, dbias) = op.call(grads[0], split ? MaybeTensor(grads[1]) : std::nullopt, x, weight, bias,
-                                               mean, rstd, training, slope, activate_first);
-      }
+    if (at::GradMode::is_enabled()) {
+      Norm norm{weight, bias, {}, {}, flags[0], 0, numbers[0], numbers[1], flags[1], false, grads.size() > 1};
+      if (!norm.training) norm.running_mean = mean, norm.running_var = rstd.pow(-2), norm.eps = 0;
+      return differentiable(grads, x, norm);
     }
-    if (seam && grads[outputs].defined()) dx = dx.defined() ? dx + grads[outputs] : grads[outputs];
-    return {dx, seam ? dx : Tensor(), weight.defined() ? dweight : Tensor(), bias.defined() ? dbias : Tensor(),
-            Tensor()};
+    static auto op = find("gan_ops::_normalise_backward", normalise_backward);
+    auto [dx, dweight, dbias] = op.call(grads, x, weight, bias, mean, rstd, flags[0], numbers[1], flags[1]);
+    return {dx, weight.defined() ? dweight : Tensor(), bias.defined() ? dbias : Tensor(), Tensor()};
+  }
+
+  // The gradients as functions that can be differentiated. Each source is seen through a view of its own, since one
+  // may be computed from another.
+  static variable_list differentiable(const variable_list& grads, const Tensor& x, Norm norm) {
+    variable_list sources{x, *norm.weight, *norm.bias}, wanted, result(4);
+    for (auto& source : sources) {
+      if (source.defined() && source.requires_grad()) wanted.push_back(source = source.view_as(source));
+    }
+    norm.weight = sources[1], norm.bias = sources[2];
+    auto parts = parts_of(by_aten(sources[0], norm), norm.split, x.suggest_memory_format());
+    auto found = torch::autograd::grad(parts, wanted, grads, true, true);
+    for (size_t i = 0, next = 0; i < sources.size(); ++i) {
+      if (sources[i].defined() && sources[i].requires_grad()) result[i] = found[next++];
+    }
+    return result;
   }
 };
 
-// Public operations ---------------------------------------------------------------------------------------------------
+// Public operations -------------------------------------------------------------------------------------------------
 
-// y, or its two halves. `differentiable` is where autograd looks on; a forward-mode gradient counts too, so that
-// autograd says that there is none here, where it would be lost else.
-template <bool differentiable>
-variable_list outputs_of(const Tensor& x, const MaybeTensor& right, const Norm& norm) {
-  bool wanted = false;
-  for (const MaybeTensor& t : {MaybeTensor(x), right, norm.weight, norm.bias}) {
-    wanted |= given(t) && ((at::GradMode::is_enabled() && t->requires_grad()) || t->_fw_grad(0).defined());
-  }
-  if (differentiable && wanted) {
-    auto outputs = Normalise::apply(x, right, norm.weight, norm.bias, norm);
-    outputs.resize(norm.split ? 2 : 1);
-    return outputs;
-  }
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return call(x, right, norm);
+variable_list outputs_of(const Tensor& x, const Norm& norm) {
+  check(x, norm);
+  auto format = x.suggest_memory_format();
+  if (!has_kernel(x)) return parts_of(by_aten(x, norm), norm.split, format);
+  return Normalise::apply(x.contiguous(format), dense(norm.weight), dense(norm.bias), norm);
 }
 
-template <bool differentiable, bool activate_first>
+template <bool activate_first>
 Tensor one_input(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& running_mean,
                  const MaybeTensor& running_var, bool training, double momentum, double eps, double slope,
                  bool biased) {
   check_input(x, "x");
-  Norm norm{weight, bias, running_mean, running_var, training, momentum, eps, slope, true, activate_first, biased};
-  return outputs_of<differentiable>(x, std::nullopt, norm)[0];
+  return outputs_of(x, {weight, bias, running_mean, running_var, training, momentum, eps, slope, activate_first, biased,
+                        false})[0];
 }
 
-// Both branches in the type that PyTorch's own sum of them has.
-template <bool differentiable>
-variable_list seam(const Tensor& left, const Tensor& right, const Norm& norm) {
+Tensor sum_of(const Tensor& left, const Tensor& right) {
   check_input(left, "left");
   check_input(right, "right");
   TORCH_CHECK(left.sym_sizes() == right.sym_sizes(), "right must have the sizes of left, ", left.sym_sizes(), ", not ",
               right.sym_sizes());
   TORCH_CHECK(left.device() == right.device(), "right must be on ", left.device(), " as left is, not on ",
               right.device());
-  auto type = at::result_type(left, right);
-  return outputs_of<differentiable>(left.to(type), right.to(type), norm);
+  return left + right;
 }
 
-template <bool differentiable>
 variable_list norm_seam(const Tensor& left, const Tensor& right, const MaybeTensor& weight, const MaybeTensor& bias,
                         const MaybeTensor& running_mean, const MaybeTensor& running_var, bool training,
                         double momentum, double eps, double slope, bool split) {
-  return seam<differentiable>(left, right, {weight, bias, running_mean, running_var, training, momentum, eps, slope,
-                                            true, false, false, split});
+  return outputs_of(sum_of(left, right), {weight, bias, running_mean, running_var, training, momentum, eps, slope,
+                                          false, false, split});
 }
 
-template <bool differentiable>
 variable_list bare_seam(const Tensor& left, const Tensor& right, bool split) {
-  return seam<differentiable>(left, right, {{}, {}, {}, {}, false, 0, 1, 0, false, false, false, split});
-}
-
-template <bool differentiable>
-void implement(torch::Library& m) {
-  m.impl("batch_norm_leaky_relu", one_input<differentiable, false>);
-  m.impl("leaky_relu_batch_norm", one_input<differentiable, true>);
-  m.impl("split_add_batch_norm_leaky_relu", norm_seam<differentiable>);
-  m.impl("split_add", bare_seam<differentiable>);
-}
-
-void implement_private(torch::Library& m) {
-  m.impl("_normalise", normalise);
-  m.impl("_normalise_backward", normalise_backward);
+  auto sum = sum_of(left, right);
+  check_split(sum, split);
+  return parts_of(sum, split, sum.suggest_memory_format());
 }
 
 }  // namespace
@@ -381,23 +296,17 @@ void implement_private(torch::Library& m) {
   "float eps, float slope"
 
 TORCH_LIBRARY(gan_ops, m) {
-  m.def("batch_norm_leaky_relu(Tensor x, " NORM ", bool biased=False) -> Tensor");
-  m.def("leaky_relu_batch_norm(Tensor x, " NORM ", bool biased=False) -> Tensor");
-  m.def("split_add_batch_norm_leaky_relu(Tensor left, Tensor right, " NORM ", bool split) -> Tensor[]");
-  m.def("split_add(Tensor left, Tensor right, bool split) -> Tensor[]");
-  m.def("_normalise(Tensor x, Tensor? right, " NORM ", bool normalise, bool activate_first, bool biased, bool split)"
-        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("_normalise_backward(Tensor first, Tensor? second, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, "
-        "Tensor rstd, bool training, float slope, bool activate_first) -> (Tensor, Tensor, Tensor)");
+  m.def("batch_norm_leaky_relu(Tensor x, " NORM ", bool biased=False) -> Tensor", one_input<false>);
+  m.def("leaky_relu_batch_norm(Tensor x, " NORM ", bool biased=False) -> Tensor", one_input<true>);
+  m.def("split_add_batch_norm_leaky_relu(Tensor left, Tensor right, " NORM ", bool split) -> Tensor[]", norm_seam);
+  m.def("split_add(Tensor left, Tensor right, bool split) -> Tensor[]", bare_seam);
+  const auto everywhere = c10::DispatchKey::CompositeExplicitAutograd;  // on fake tensors too
+  m.def("_normalise(Tensor x, " NORM ", bool activate_first, bool biased, bool split)"
+        " -> (Tensor, Tensor, Tensor, Tensor)", torch::dispatch(everywhere, normalise));
+  m.def("_normalise_backward(Tensor[] grads, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, "
+        "bool training, float slope, bool activate_first) -> (Tensor, Tensor, Tensor)",
+        torch::dispatch(everywhere, normalise_backward));
 }
-
-TORCH_LIBRARY_IMPL(gan_ops, CompositeExplicitAutograd, m) { implement<false>(m); }
-TORCH_LIBRARY_IMPL(gan_ops, Autograd, m) { implement<true>(m); }
-TORCH_LIBRARY_IMPL(gan_ops, CPU, m) { implement_private(m); }
-TORCH_LIBRARY_IMPL(gan_ops, Meta, m) { implement_private(m); }
-#ifdef GAN_OPS_CUDA
-TORCH_LIBRARY_IMPL(gan_ops, CUDA, m) { implement_private(m); }
-#endif
 
 }  // namespace gan_ops
 

@@ -14,31 +14,27 @@ struct Shape {
   Type type;
 };
 
-// y = leaky_relu(batch_norm(x)) or, activate_first, batch_norm(leaky_relu(x)). A seam's x is left + right, rounded to
-// its type; a seam that is not to `normalise` has that sum for y.
+// y = leaky_relu(batch_norm(x)) or, activate_first, batch_norm(leaky_relu(x)).
 struct Forward {
   Shape shape;
-  bool normalise, training, activate_first;
+  bool training, activate_first;
   bool biased;  // running_var moves towards the biased variance, as Keras has it, not the unbiased one
   double momentum, eps, slope;
-  const void* x;      // or the left branch of a seam
-  const void* right;  // of a seam, else null
-  void* sum;          // of a seam that normalises: left + right, written; else null
-  void* out[2];       // two halves of c/2 channels, each dense in x's layout; or all channels, and null
+  const void* x;
+  void* halves[2];  // of y: c/2 channels each, dense in x's layout; or all of y, and null
   const void *weight, *bias;         // c of each, or null: 1 and 0
-  void *running_mean, *running_var;  // c of each, or null; read in evaluation, moved by `momentum` in training
-  void *mean, *rstd;                 // c of each, written: what x was normalised with, 1/sqrt(variance + eps)
+  void *running_mean, *running_var;  // c of each, or null; moved by `momentum` in training
+  void *mean, *rstd;                 // c of each: what x is normalised with, read in evaluation, written in training
 };
 
-// dx, dweight, dbias from the gradient of y, or of its two halves, where y is normalised.
+// dx, dweight and dbias from the gradient of y.
 struct Backward {
   Shape shape;
   bool training, activate_first;
   double slope;
-  const void* grad[2];  // as `out` above
-  const void* x;        // or the sum of a seam
-  const void *weight, *bias;  // or null
-  const void *mean, *rstd;
+  const void* x;
+  const void* halves[2];  // of the gradient, as above
+  const void *weight, *bias, *mean, *rstd;
   void *dx, *dweight, *dbias;  // dweight, dbias: c of each, or null where not wanted
 };
 
