@@ -11,6 +11,7 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
+#include <array>
 #include <cmath>
 #include <numeric>
 #include <vector>
@@ -20,37 +21,44 @@
 namespace gan_ops {
 namespace {
 
-using V = at::vec::VectorizedN<float, 2>;
-constexpr int W = V::size();      // values of a column in a row
+using V = at::vec::Vectorized<float>;
+using Pack = std::array<V, 2>;
+constexpr int W = 2 * V::size();  // values of a column in a row
 constexpr int64_t GRAIN = 16384;  // values that a thread is worth starting for
 using Full = std::integral_constant<int64_t, W>;  // a count of values that is known when the loop is compiled
-template <typename T>
-using Stored = at::vec::VectorizedN<T, 2 * sizeof(T) / sizeof(float)>;
 
 // Fetches what lies `ahead` too, which comes next, since the processor foresees only long stretches.
 template <typename T>
-C10_ALWAYS_INLINE V load(const T* from, int64_t count = W, int64_t ahead = 0) {
+C10_ALWAYS_INLINE Pack load(const T* from, int64_t count = W, int64_t ahead = 0) {
 #ifdef __GNUC__
   if (ahead) __builtin_prefetch(from + ahead);
 #endif
-  return at::vec::convert<float, 2>(count == W ? Stored<T>::loadu(from) : Stored<T>::loadu(from, count));
+  if constexpr (std::is_same_v<T, float>) {
+    const int64_t low = std::min<int64_t>(count, W / 2);
+    return {V::loadu(from, low), V::loadu(from + low, count - low)};
+  } else {
+    auto [low, high] = at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(from, count));
+    return {low, high};
+  }
 }
 
 template <typename T>
-C10_ALWAYS_INLINE void store(T* to, const V& values, int64_t count = W) {
-  const auto stored = at::vec::convert<T, 2 * sizeof(T) / sizeof(float)>(values);
-  count == W ? stored.store(to) : stored.store(to, count);
+C10_ALWAYS_INLINE void store(T* to, const Pack& values, int64_t count = W) {
+  if constexpr (std::is_same_v<T, float>) {
+    const int64_t low = std::min<int64_t>(count, W / 2);
+    values[0].store(to, low), values[1].store(to + low, count - low);
+  } else {
+    at::vec::convert_from_float<T>(values[0], values[1]).store(to, count);
+  }
 }
 
-// 0 in the lanes from `count` on.
-C10_ALWAYS_INLINE V cut(const V& values, int64_t count) {
-  return count == W ? values : V::blendv(V(0), values, V::arange(0, 1) < V(float(count)));
+// 0 in the lanes from `count` on, for vector k of a pack.
+C10_ALWAYS_INLINE V cut(V value, int k, int64_t count) {
+  return count == W ? value : V::blendv(V(0), value, V::arange(float(k * W / 2), 1) < V(float(count)));
 }
 
 // value, times slope where `test` is not positive (at 0 and NaN too, as in PyTorch).
-C10_ALWAYS_INLINE V leaky(const V& value, const V& test, float slope) {
-  return V::blendv(value * V(slope), value, test > V(0));
-}
+C10_ALWAYS_INLINE V leaky(V value, V test, V slope) { return V::blendv(value * slope, value, test > V(0)); }
 
 // A piece of the table: `height` rows, `stride` apart, of one column.
 struct Column {
@@ -145,7 +153,7 @@ template <typename T, bool FIRST, class Call>
 void run(const Call& call) {
   constexpr bool BACK = std::is_same_v<Call, Backward>;
   const Layout l(call.shape, call.halves[1]);
-  const float slope = call.slope;
+  const V slope_(float(call.slope));
   const auto x = static_cast<const T*>(call.x);
   Numbers mean(l), scale(l), bias(l), level(l, BACK), tilt(l, BACK), sums(l, l.runs), products(l, l.runs);
 
@@ -155,24 +163,33 @@ void run(const Call& call) {
     mean.set(i, static_cast<const float*>(call.mean)[i]), bias.set(i, shift ? shift[i] : 0);
     scale.set(i, (weight ? weight[i] : 1) * static_cast<const float*>(call.rstd)[i]);
   };
-  // Down a column, use(row, x, distance from the mean, y); in backward y is the gradient of what was normalised.
-  auto down = [&](const Column& column, auto count, auto use) C10_ALWAYS_INLINE_ATTRIBUTE {
+  // Down a column, use(k, x, distance from the mean, y) for vector k of each row, and what it returns to rows of `to`,
+  // if there are any; in backward y is the gradient of what was normalised.
+  auto down = [&](const Column& column, auto count, T* to, int64_t stride, auto use) C10_ALWAYS_INLINE_ATTRIBUTE {
     const auto centre = load(mean.at(column.entry)), factor = load(scale.at(column.entry));
     const auto shift = load(bias.at(column.entry));
     const auto half = static_cast<const T*>(call.halves[column.half]) + column.half_at;
+    const V slope = slope_;
     for (int64_t r = 0; r < column.height; ++r) {
-      const V v = load(x + column.at + r * column.stride, count, column.ahead);
-      const V apart = (FIRST ? leaky(v, v, slope) : v) - centre, normal = at::vec::fmadd(apart, factor, shift);
-      const V y = BACK ? load(half + r * column.half_stride, count, column.ahead) : normal;
-      use(r, v, apart, FIRST ? y : leaky(y, normal, slope));
+      const Pack v = load(x + column.at + r * column.stride, count, column.ahead);
+      Pack y;
+      if (BACK) y = load(half + r * column.half_stride, count, column.ahead);
+      for (int k = 0; k < 2; ++k) {
+        const V apart = (FIRST ? leaky(v[k], v[k], slope) : v[k]) - centre[k];
+        const V normal = at::vec::fmadd(apart, factor[k], shift[k]);
+        if (!BACK) y[k] = normal;
+        y[k] = use(k, v[k], apart, FIRST ? y[k] : leaky(y[k], normal, slope));
+      }
+      if (to) store(to + r * stride, y, count);
     }
   };
   auto reduce = [&](int64_t run, int64_t first, int64_t last) {
     l.walk(run, first, last, [&](const Column column, auto count) {
-      V sum = load(sums.at(column.entry, run)), product = load(products.at(column.entry, run));
-      down(column, count, [&](int64_t, const V&, const V& apart, const V& y) C10_ALWAYS_INLINE_ATTRIBUTE {
-        const V one = cut(BACK ? y : apart, count);
-        sum = sum + one, product = at::vec::fmadd(one, cut(apart, count), product);
+      Pack sum = load(sums.at(column.entry, run)), product = load(products.at(column.entry, run));
+      down(column, count, nullptr, 0, [&](int k, V, V apart, V y) C10_ALWAYS_INLINE_ATTRIBUTE {
+        const V one = cut(BACK ? y : apart, k, count);
+        sum[k] = sum[k] + one, product[k] = at::vec::fmadd(one, cut(apart, k, count), product[k]);
+        return one;
       });
       store(sums.at(column.entry, run), sum), store(products.at(column.entry, run), product);
     });
@@ -206,17 +223,16 @@ void run(const Call& call) {
         const auto factor = load(scale.at(column.entry)), less = load(level.at(column.entry));
         const auto slant = load(tilt.at(column.entry));
         const bool training = call.training;
+        const V slope = slope_;
         T* const dx = static_cast<T*>(call.dx) + column.at;
-        down(column, count, [&](int64_t r, const V& v, const V& apart, V g) C10_ALWAYS_INLINE_ATTRIBUTE {
-          g = g * factor;
-          if (training) g = g - at::vec::fmadd(apart, slant, less);
-          store(dx + r * column.stride, FIRST ? leaky(g, v, slope) : g, count);
+        down(column, count, dx, column.stride, [&](int k, V v, V apart, V g) C10_ALWAYS_INLINE_ATTRIBUTE {
+          g = g * factor[k];
+          if (training) g = g - at::vec::fmadd(apart, slant[k], less[k]);
+          return FIRST ? leaky(g, v, slope) : g;
         });
       } else {
         T* const out = static_cast<T*>(call.halves[column.half]) + column.half_at;
-        down(column, count, [&](int64_t r, const V&, const V&, const V& y) C10_ALWAYS_INLINE_ATTRIBUTE {
-          store(out + r * column.half_stride, y, count);
-        });
+        down(column, count, out, column.half_stride, [](int, V, V, V y) C10_ALWAYS_INLINE_ATTRIBUTE { return y; });
       }
     });
   };
@@ -226,7 +242,7 @@ void run(const Call& call) {
     if (BACK || !call.training) {
       set_norm(i);
     } else if (std::isfinite(value)) {
-      mean.set(i, FIRST && value <= 0 ? value * slope : value);
+      mean.set(i, FIRST && value <= 0 ? value * float(call.slope) : value);
     }
   }
   bool reduces = call.training;
