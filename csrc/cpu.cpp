@@ -106,14 +106,13 @@ struct Layout {
   // last pass begins with the rows that a thread has just left.
   template <typename Reduce, typename Settle, typename Apply>
   void schedule(bool reduces, Reduce reduce, Settle settle, Apply apply) const {
-    const int64_t block = planes ? std::clamp<int64_t>(2048 / hw, 1, c) : c, blocks = (c + block - 1) / block;
     const auto over = [](int64_t count, int64_t values, auto f) {
       at::parallel_for(0, count, std::max<int64_t>(1, GRAIN / values), f);
     };
     if (planes) {
-      return over(blocks, block * rows * hw, [&](int64_t begin, int64_t end) {
-        for (int64_t first = begin * block; first < std::min(c, end * block); first += block) {
-          const int64_t last = std::min(c, first + block);
+      return over(c, rows * hw, [&](int64_t begin, int64_t end) {
+        for (int64_t first = begin, last; first < end; first = last) {
+          last = std::min(end, first + std::max<int64_t>(1, 2048 / hw));  // long enough stretches of memory
           for (int64_t run = 0; reduces && run < runs; ++run) reduce(run, first, last);
           if (reduces) settle(first, last);
           for (int64_t run = runs - 1; run >= 0; --run) apply(run, first, last);
@@ -159,9 +158,7 @@ void run(const Call& call) {
 
   // What a channel is normalised with. Forward and backward must agree on the sign of what LeakyReLU sees.
   auto set_norm = [&](int64_t i) {
-    auto weight = static_cast<const float*>(call.weight), shift = static_cast<const float*>(call.bias);
-    mean.set(i, static_cast<const float*>(call.mean)[i]), bias.set(i, shift ? shift[i] : 0);
-    scale.set(i, (weight ? weight[i] : 1) * static_cast<const float*>(call.rstd)[i]);
+    mean.set(i, call.mean[i]), scale.set(i, call.weight[i] * call.rstd[i]), bias.set(i, call.bias[i]);
   };
   // Down a column, use(k, x, distance from the mean, y) for vector k of each row, and what it returns to rows of `to`,
   // if there are any; in backward y is the gradient of what was normalised.
@@ -199,20 +196,17 @@ void run(const Call& call) {
     for (int64_t i = first; i < last; ++i) {
       const double sum = sums.sum(i), product = products.sum(i);
       if constexpr (BACK) {
-        const double rstd = static_cast<const float*>(call.rstd)[i], share = *scale.at(i * l.repeat) / count;
-        if (call.dbias) static_cast<float*>(call.dbias)[i] = sum;
-        if (call.dweight) static_cast<float*>(call.dweight)[i] = product * rstd;
+        const double rstd = call.rstd[i], share = *scale.at(i * l.repeat) / count;
+        call.dbias[i] = sum, call.dweight[i] = product * rstd;
         level.set(i, share * sum), tilt.set(i, share * product * rstd * rstd);
       } else {
-        auto running_mean = static_cast<float*>(call.running_mean), running_var = static_cast<float*>(call.running_var);
         const double squares = std::max(product - sum * sum / count, 0.0);  // of distances from the mean
-        const double centre = *mean.at(i * l.repeat) + sum / count, variance = squares / count;
-        if (running_mean) {
-          running_mean[i] += call.momentum * (centre - running_mean[i]);
-          running_var[i] += call.momentum * ((call.biased ? variance : squares / (count - 1)) - running_var[i]);
+        call.mean[i] = *mean.at(i * l.repeat) + sum / count, call.rstd[i] = 1 / std::sqrt(squares / count + call.eps);
+        if (call.running_mean) {
+          const double variance = squares / (call.biased ? count : count - 1);
+          call.running_mean[i] += call.momentum * (call.mean[i] - call.running_mean[i]);
+          call.running_var[i] += call.momentum * (variance - call.running_var[i]);
         }
-        static_cast<float*>(call.mean)[i] = centre;
-        static_cast<float*>(call.rstd)[i] = 1 / std::sqrt(variance + call.eps);
         set_norm(i);
       }
     }
@@ -245,20 +239,17 @@ void run(const Call& call) {
       mean.set(i, FIRST && value <= 0 ? value * float(call.slope) : value);
     }
   }
-  bool reduces = call.training;
-  if constexpr (BACK) reduces |= call.dweight || call.dbias;
-  l.schedule(reduces, reduce, settle, apply);
-}
-
-template <class Call>
-void run(const Call& call) {
-  if (call.shape.type == Type::f32) return call.activate_first ? run<float, true>(call) : run<float, false>(call);
-  call.activate_first ? run<c10::BFloat16, true>(call) : run<c10::BFloat16, false>(call);
+  l.schedule(BACK || call.training, reduce, settle, apply);
 }
 
 }  // namespace
 
-void run_on_cpu(const Forward& f) { run(f); }
-void run_on_cpu(const Backward& b) { run(b); }
+template <class Call>
+void run_on_cpu(const Call& call) {
+  if (call.shape.type == Type::f32) return call.activate_first ? run<float, true>(call) : run<float, false>(call);
+  call.activate_first ? run<c10::BFloat16, true>(call) : run<c10::BFloat16, false>(call);
+}
+template void run_on_cpu(const Forward&);
+template void run_on_cpu(const Backward&);
 
 }  // namespace gan_ops

@@ -60,13 +60,12 @@ size_t workspace_bytes(const Shape& s) {
 }
 
 template <class Call>
-static int run_all(const Call& call, void* workspace, void* stream) {
+int run_on_cuda(const Call& call, void* workspace, void* stream) {
   Launches launches(stream);
   if (launches.error == cudaSuccess) run(call, workspace, launches);
   return launches.error;
 }
-
-int run_on_cuda(const Forward& f, void* workspace, void* stream) { return run_all(f, workspace, stream); }
-int run_on_cuda(const Backward& b, void* workspace, void* stream) { return run_all(b, workspace, stream); }
+template int run_on_cuda(const Forward&, void*, void*);
+template int run_on_cuda(const Backward&, void*, void*);
 
 }  // namespace gan_ops

@@ -13,8 +13,8 @@
 //               . . . . . . . .              channels (`groups`) or the rest of the same one (`pieces`)
 //
 // Statistics take two launches. `reduce` leaves two sums for each part of a channel in the workspace, and the part that
-// comes last adds them up, in an order of its own: there are no floating-point atomics, and equal calls give equal bits.
-// `apply` goes over the blocks in reverse, since the L2 cache holds what reduce has read last.
+// comes last adds them up, in an order of its own: there are no floating-point atomics, and equal calls give the same
+// bits. `apply` goes over the blocks in reverse, since the L2 cache holds what reduce has read last.
 #pragma once
 #include <cstring>
 #include <type_traits>
@@ -38,11 +38,6 @@ __device__ inline float leaky(float v, float test, float slope) { return test > 
 // and backward must agree on its sign, so the fused multiplication is not left to the compiler.
 __device__ inline float affine(float apart, float scale, float bias) { return fmaf(apart, scale, bias); }
 
-// Channel c's `weight` or `bias`.
-__device__ inline float at(const void* numbers, int64_t c, float otherwise) {
-  return numbers ? static_cast<const float*>(numbers)[c] : otherwise;
-}
-
 // The naive way: a thread for each channel, value after value, in double. The tests hold the fast way against it, and
 // have its gradient. ------------------------------------------------------------------------------------------------
 
@@ -56,25 +51,24 @@ __global__ void naive_forward(Forward f) {
   const int64_t c = blockIdx.x * int64_t{blockDim.x} + threadIdx.x, half = f.shape.c / (f.halves[1] ? 2 : 1);
   const double count = f.shape.n * f.shape.hw;
   if (c >= f.shape.c) return;
-  double mean = f.training ? 0 : at(f.mean, c, 0), variance = 0, rstd = at(f.rstd, c, 0);
+  double mean = f.training ? 0 : f.mean[c], variance = 0, rstd = f.rstd[c];
   for (int pass = f.training ? 0 : 2; pass < 3; ++pass) {  // mean, variance, output
     for (int64_t i = 0; i < count; ++i) {
       const float v = widen(static_cast<const T*>(f.x)[place(f.shape, i, c, f.shape.c)]);
       const double a = f.activate_first && !(v > 0) ? v * f.slope : v;
       if (pass == 0) mean += a / count;
       if (pass == 1) variance += (a - mean) * (a - mean) / count;
-      double y = (a - mean) * rstd * at(f.weight, c, 1) + at(f.bias, c, 0);
+      double y = (a - mean) * rstd * f.weight[c] + f.bias[c];
       if (!f.activate_first && !(y > 0)) y *= f.slope;
       if (pass == 2) narrow(float(y), static_cast<T*>(f.halves[c / half])[place(f.shape, i, c % half, half)]);
     }
     if (pass == 1) rstd = 1 / sqrt(variance + f.eps);
   }
   if (!f.training) return;
-  static_cast<float*>(f.mean)[c] = mean, static_cast<float*>(f.rstd)[c] = rstd;
+  f.mean[c] = mean, f.rstd[c] = rstd;
   if (!f.running_mean) return;
-  const double spread = f.biased ? variance : variance * count / (count - 1);
-  static_cast<float*>(f.running_mean)[c] += f.momentum * (mean - at(f.running_mean, c, 0));
-  static_cast<float*>(f.running_var)[c] += f.momentum * (spread - at(f.running_var, c, 0));
+  f.running_mean[c] += f.momentum * (mean - f.running_mean[c]);
+  f.running_var[c] += f.momentum * (variance * (f.biased ? 1 : count / (count - 1)) - f.running_var[c]);
 }
 
 // The fast way ------------------------------------------------------------------------------------------------------
@@ -199,33 +193,22 @@ __device__ bool add_up_all(float (&sums)[2 * LANES], const P& p, const Geometry&
 
 // The value of channel c in the first row: statistics are sums of differences from it, which lose little unless it lies
 // very many deviations from the mean.
-template <typename T, bool FIRST>
-__device__ float origin_of(const Forward& f, int c) {
-  const float v = widen(static_cast<const T*>(f.x)[c * f.shape.hw]), a = FIRST ? leaky(v, v, f.slope) : v;
+template <typename T, bool FIRST, class Work>
+__device__ float origin_of(const Work& w, int c) {
+  const float v = widen(static_cast<const T*>(w.x)[c * w.shape.hw]), a = FIRST ? leaky(v, v, w.slope) : v;
   return isfinite(a) ? a : 0;
 }
 
-// What the thread's channels are normalised with; forward's `reduce` has nothing yet but where its sums begin.
+// What the thread's channels are normalised with.
 template <int LANES>
 struct Norm {
   float mean[LANES] = {}, scale[LANES] = {}, bias[LANES] = {};
-
-  template <typename T, bool FIRST, bool REDUCES, class Work>
-  __device__ void load(const Work& w, int channel) {
-    for (int i = 0; i < LANES; ++i) {
-      if constexpr (REDUCES && std::is_same_v<Work, Forward>) {
-        mean[i] = origin_of<T, FIRST>(w, channel + i);
-      } else {
-        mean[i] = at(w.mean, channel + i, 0), bias[i] = at(w.bias, channel + i, 0);
-        scale[i] = at(w.weight, channel + i, 1) * at(w.rstd, channel + i, 0);
-      }
-    }
-  }
 };
 
 // Down the thread's column, use(row, x, distances from the mean, y), a vector of each; in backward y is the gradient of
-// what was normalised. FIRST: LeakyReLU comes first.
-template <bool FIRST, bool REDUCES, typename T, int V, int LANES, class Work, class Use>
+// what was normalised. FIRST: LeakyReLU comes first. BEGINS: forward's statistics are not known yet, distances are from
+// the origin.
+template <bool FIRST, bool BEGINS, typename T, int V, int LANES, class Work, class Use>
 __device__ void down(const Work& w, const Place<T, V, LANES>& p, Norm<LANES>& norm, const Use& use) {
   constexpr bool BACK = std::is_same_v<Work, Backward>;
   const auto* const x = p.in(w.x);
@@ -235,7 +218,10 @@ __device__ void down(const Work& w, const Place<T, V, LANES>& p, Norm<LANES>& no
     Vector<T, V> held[kUnroll], grads[kUnroll];
     fetch(x, row, r, p, held);
     if constexpr (BACK) fetch(p.in_half(w.halves), half_row, r, p, grads);
-    if (r == p.rank) norm.template load<T, FIRST, REDUCES>(w, p.channel);  // behind the first loads, which take as long
+    for (int i = 0, c = p.channel; i < LANES && r == p.rank; ++i, ++c) {  // behind the first loads, which take as long
+      norm.mean[i] = BEGINS ? origin_of<T, FIRST>(w, c) : w.mean[c];
+      if (!BEGINS) norm.scale[i] = w.weight[c] * w.rstd[c], norm.bias[i] = w.bias[c];
+    }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (r + u * p.ranks >= p.rows) break;
@@ -258,23 +244,18 @@ template <typename T, bool FIRST>
 __device__ void settle(const Forward& f, const Geometry&, int c, float sum, float product) {
   const float count = static_cast<float>(f.shape.n * f.shape.hw), apart = sum / count;
   const float mean = origin_of<T, FIRST>(f, c) + apart, rest = product - sum * apart, squares = rest < 0 ? 0 : rest;
-  static_cast<float*>(f.mean)[c] = mean;
-  static_cast<float*>(f.rstd)[c] = 1 / sqrtf(squares / count + float(f.eps));
+  f.mean[c] = mean, f.rstd[c] = 1 / sqrtf(squares / count + float(f.eps));
   if (!f.running_mean) return;
-  float &moved = static_cast<float*>(f.running_mean)[c], &spread = static_cast<float*>(f.running_var)[c];
-  moved += float(f.momentum) * (mean - moved);
-  spread += float(f.momentum) * (squares / (f.biased ? count : count - 1) - spread);
+  f.running_mean[c] += float(f.momentum) * (mean - f.running_mean[c]);
+  f.running_var[c] += float(f.momentum) * (squares / (f.biased ? count : count - 1) - f.running_var[c]);
 }
 
 // dweight, dbias, and for dx what each value and each distance from the mean is to have less.
 template <typename T, bool FIRST>
 __device__ void settle(const Backward& b, const Geometry& g, int c, float sum, float product) {
-  const float count = static_cast<float>(b.shape.n * b.shape.hw), own = at(b.rstd, c, 0);
-  const float factor = at(b.weight, c, 1) * own / count;
-  if (b.dweight) static_cast<float*>(b.dweight)[c] = product * own;
-  if (b.dbias) static_cast<float*>(b.dbias)[c] = sum;
-  g.terms[c] = factor * sum;
-  g.terms[g.padded + c] = factor * product * own * own;
+  const float own = b.rstd[c], factor = b.weight[c] * own / static_cast<float>(b.shape.n * b.shape.hw);
+  b.dweight[c] = product * own, b.dbias[c] = sum;
+  g.terms[c] = factor * sum, g.terms[g.padded + c] = factor * product * own * own;
 }
 
 template <typename T, int V, int LANES, bool FIRST, class Work>
@@ -284,7 +265,7 @@ __global__ void __launch_bounds__(kThreads, kResident) reduce(Work w, Geometry g
   const Place<T, V, LANES> p(g, w.halves[1], blockIdx.x);
   Norm<LANES> norm;
   float sums[2 * LANES] = {};
-  down<FIRST, true>(w, p, norm, [&](int, const float (&)[V], const float (&apart)[V], const float (&y)[V]) {
+  down<FIRST, !BACK>(w, p, norm, [&](int, const float (&)[V], const float (&apart)[V], const float (&y)[V]) {
     for (int j = 0; j < V; ++j) {
       const float one = BACK ? y[j] : apart[j];
       sums[j % LANES] += one;
@@ -305,10 +286,12 @@ __global__ void __launch_bounds__(kThreads, kResident) apply(Work w, Geometry g)
   const Place<T, V, LANES> p(g, w.halves[1], gridDim.x - 1 - blockIdx.x);
   const int row = static_cast<int>(p.row), half_row = static_cast<int>(p.half_row);
   Norm<LANES> norm;
+  Vector<T, V> result;  // stored as one word of 16 bytes
   if constexpr (std::is_same_v<Work, Forward>) {
     auto* const out = p.in_half(w.halves);
     down<FIRST, false>(w, p, norm, [&](int r, const float (&)[V], const float (&)[V], const float (&y)[V]) {
-      pack(y, out[r * half_row]);
+      pack(y, result);
+      out[r * half_row] = result;
     });
   } else {
     auto* const dx = p.in(w.dx);
@@ -323,7 +306,8 @@ __global__ void __launch_bounds__(kThreads, kResident) apply(Work w, Geometry g)
         if (w.training) d[j] -= fmaf(apart[j], tilt[j % LANES], level[j % LANES]);
         if (FIRST) d[j] = leaky(d[j], v[j], slope);
       }
-      pack(d, dx[r * row]);
+      pack(d, result);
+      dx[r * row] = result;
     });
   }
 }
@@ -353,16 +337,16 @@ auto kernel_for(const Work& work, int vector, bool reduces) {
 // Calls launch(kernel, blocks, threads, arguments) for all of a call, in order.
 template <class Work, class Launch>
 void run(const Work& work, void* workspace, Launch& launch) {
+  constexpr bool BACK = std::is_same_v<Work, Backward>;
   const void* dx = nullptr;
-  bool reduces = work.training;
-  if constexpr (std::is_same_v<Work, Backward>) dx = work.dx, reduces |= work.dweight || work.dbias;
+  if constexpr (BACK) dx = work.dx;
   const int vector = vector_of(work.shape, work.halves[1], {work.halves[0], work.halves[1], work.x, dx});
   const Geometry g = plan(work.shape, vector, workspace, launch.processors, launch.threads);
-  if (reduces) {
-    launch.clear(g.done, g.groups * sizeof(unsigned));
-    launch(kernel_for(work, vector, true), g.blocks(), g.width * g.ranks, work, g);
+  for (bool reduces : {true, false}) {
+    if (reduces && !BACK && !work.training) continue;  // mean and rstd are given
+    if (reduces) launch.clear(g.done, g.groups * sizeof(unsigned));
+    launch(kernel_for(work, vector, reduces), g.blocks(), g.width * g.ranks, work, g);
   }
-  launch(kernel_for(work, vector, false), g.blocks(), g.width * g.ranks, work, g);
 }
 
 }  // namespace gan_ops

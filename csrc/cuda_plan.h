@@ -12,7 +12,7 @@ namespace gan_ops {
 constexpr int kThreads = 256;  // of a block, at most
 constexpr int kUnroll = 4;     // rows that a thread loads before it uses the first of them
 constexpr int kResident = 2;   // blocks of a processor at the same time, which the kernels' registers allow for
-constexpr int kLine = 8;       // vectors of 16 bytes of a cache line: a block's columns are no fewer where there are more
+constexpr int kLine = 8;       // vectors of 16 bytes of a cache line: a block's columns are no fewer, if there are more
 
 struct Geometry {
   int64_t row;     // vectors of a row of the tensor
@@ -44,27 +44,17 @@ inline int vector_of(const Shape& s, bool split, std::initializer_list<const voi
   return aligned && run % full == 0 ? full : 1;
 }
 
-// Channels of a vector, of which a thread keeps sums.
-inline int lanes_of(const Shape& s, int vector) { return s.hw == 1 ? vector : 1; }
-
-// The rows are cut into as many chunks as fill the processors once, or up to four times where that leaves fewer idle;
-// but each thread has kUnroll rows, where there are as many.
+// The rows are cut into as many chunks as fill the processors once; but each thread has kUnroll rows, where there are as
+// many.
 inline int chunks_of(const Geometry& g, int processors) {
-  const int64_t place = int64_t{kResident} * processors, side = int64_t{g.groups} * g.pieces;
-  const int64_t most = std::max(1, g.rows / (g.ranks * kUnroll));
-  int64_t best = 1;
-  double best_share = 0;
-  for (int waves = 1; waves <= 4; ++waves) {
-    const int64_t chunks = std::clamp<int64_t>(waves * place / side, 1, most), blocks = chunks * side;
-    const double share = double(blocks) / (ceil_div(blocks, place) * place);
-    if (share > 1.02 * best_share) best = chunks, best_share = share;
-  }
-  return static_cast<int>(std::max(best, ceil_div(g.rows * g.row, int64_t{1} << 30)));  // offsets in it fit 32 bits
+  const int64_t side = int64_t{g.groups} * g.pieces, most = std::max(1, g.rows / (g.ranks * kUnroll));
+  const int64_t chunks = std::clamp<int64_t>(kResident * processors / side, 1, most);
+  return static_cast<int>(std::max(chunks, ceil_div(g.rows * g.row, int64_t{1} << 30)));  // offsets in it fit 32 bits
 }
 
 inline Geometry plan(const Shape& s, int vector, void* workspace, int processors, int threads) {
   Geometry g{};
-  const int lanes = lanes_of(s, vector), columns = static_cast<int>(s.c / lanes);  // columns: of the channels
+  const int lanes = s.hw == 1 ? vector : 1, columns = static_cast<int>(s.c / lanes);  // lanes: channels of a vector
   g.rows = static_cast<int>(s.n), g.c = static_cast<int>(s.c);
   g.plane = static_cast<int>(s.hw == 1 ? 1 : s.hw / vector);
   g.row = int64_t{columns} * g.plane;

@@ -18,6 +18,9 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
+constexpr bool with_cuda = true;
+#else
+constexpr bool with_cuda = false;
 #endif
 
 namespace gan_ops {
@@ -59,13 +62,7 @@ void check_channels(const Tensor& x, const MaybeTensor& tensor, const char* name
   TORCH_CHECK(!moves || tensor->is_contiguous(), name, " must be contiguous: it is moved in place");
 }
 
-void check_split(const Tensor& x, bool split) {
-  TORCH_CHECK(!split || x.sym_size(1) % 2 == 0, "split must be False, or the number of channels even, not ",
-              x.sym_size(1));
-}
-
 void check(const Tensor& x, const Norm& norm) {
-  check_split(x, norm.split);
   check_channels(x, norm.weight, "weight");
   check_channels(x, norm.bias, "bias");
   check_channels(x, norm.running_mean, "running_mean", true);
@@ -121,13 +118,9 @@ bool cpu_serves() {
 }
 
 bool has_kernel(const Tensor& x) {
-#ifdef GAN_OPS_CUDA
-  const bool on_gpu = x.is_cuda();
-#else
-  const bool on_gpu = false;
-#endif
   auto type = x.scalar_type();
-  return (on_gpu || (x.is_cpu() && type != at::kHalf && cpu_serves())) && type != at::kDouble && x.sym_numel() != 0;
+  bool here = x.is_cpu() ? cpu_serves() && type != at::kHalf : x.is_cuda() && with_cuda;
+  return here && type != at::kDouble && x.sym_numel() != 0;
 }
 
 // Of a dense tensor.
@@ -138,9 +131,8 @@ Shape shape_of(const Tensor& x) {
   return {x.numel() / c / hw, c, hw, type == at::kFloat ? Type::f32 : type == at::kHalf ? Type::f16 : Type::bf16};
 }
 
-MaybeTensor dense(const MaybeTensor& tensor) { return given(tensor) ? tensor->contiguous() : tensor; }
-const void* read(const MaybeTensor& tensor) { return given(tensor) ? tensor->const_data_ptr() : nullptr; }
-void* written(const MaybeTensor& tensor) { return given(tensor) ? tensor->mutable_data_ptr() : nullptr; }
+const float* read(const Tensor& numbers) { return numbers.const_data_ptr<float>(); }
+float* written(const Tensor& numbers) { return numbers.mutable_data_ptr<float>(); }
 
 // On CUDA the kernels are launched on the current stream of x's device, and nothing waits for them.
 template <typename Call>
@@ -159,39 +151,37 @@ void launch(const Tensor& x, const Call& call) {
 
 // (y or its first half, its second half or nothing, mean, rstd); x, weight and bias are dense.
 std::tuple<Tensor, Tensor, Tensor, Tensor> normalise(
-    const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& running_mean,
+    const Tensor& x, const Tensor& weight, const Tensor& bias, const MaybeTensor& running_mean,
     const MaybeTensor& running_var, bool training, double momentum, double eps, double slope, bool activate_first,
     bool biased, bool split) {
   auto sizes = x.sym_sizes().vec();
   if (split) sizes[1] = sizes[1] / 2;
   auto first = at::empty_symint(sizes, x.options(), x.suggest_memory_format());
   auto second = split ? at::empty_like(first) : at::empty({0}, x.options());
-  auto mean = training ? at::empty_symint({x.sym_size(1)}, x.options().dtype(at::kFloat)) : running_mean->clone();
-  auto rstd = training ? at::empty_like(mean) : (*running_var + eps).rsqrt();
+  auto mean = training ? at::empty_like(weight) : running_mean->clone();
+  auto rstd = training ? at::empty_like(weight) : (*running_var + eps).rsqrt();
   if (!x.is_meta()) {
-    bool moves = training && given(running_mean);
-    launch(x, Forward{shape_of(x), training, activate_first, biased, momentum, eps, slope, read(x),
-                      {written(first), written(second)}, read(weight), read(bias),
-                      moves ? written(running_mean) : nullptr, moves ? written(running_var) : nullptr, written(mean),
-                      written(rstd)});
-    for (auto* moved : {&running_mean, &running_var}) {
-      if (moves) (*moved)->unsafeGetTensorImpl()->bump_version();
-    }
+    const bool moves = training && given(running_mean);
+    launch(x, Forward{shape_of(x), training, activate_first, biased, momentum, eps, slope, x.const_data_ptr(),
+                      {first.mutable_data_ptr(), second.mutable_data_ptr()}, read(weight), read(bias), written(mean),
+                      written(rstd), moves ? written(*running_mean) : nullptr, moves ? written(*running_var) : nullptr});
+    if (moves) running_mean->unsafeGetTensorImpl()->bump_version();
+    if (moves) running_var->unsafeGetTensorImpl()->bump_version();
   }
   return {first, second, mean, rstd};
 }
 
 // (dx, dweight, dbias) from the gradients of y, or of its two halves.
 std::tuple<Tensor, Tensor, Tensor> normalise_backward(
-    at::TensorList grads, const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, const Tensor& mean,
+    at::TensorList grads, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
     const Tensor& rstd, bool training, double slope, bool activate_first) {
   auto dx = at::empty_like(x), dweight = at::empty_like(mean), dbias = at::empty_like(mean);
   if (!x.is_meta()) {
     auto format = x.suggest_memory_format();
-    auto first = grads[0].contiguous(format), second = grads.size() > 1 ? grads[1].contiguous(format) : Tensor();
-    launch(x, Backward{shape_of(x), training, activate_first, slope, read(x), {read(first), read(second)}, read(weight),
-                       read(bias), read(mean), read(rstd), written(dx), given(weight) ? written(dweight) : nullptr,
-                       given(bias) ? written(dbias) : nullptr});
+    auto first = grads[0].contiguous(format), second = grads[grads.size() - 1].contiguous(format);
+    launch(x, Backward{shape_of(x), training, activate_first, slope, x.const_data_ptr(),
+                       {first.const_data_ptr(), grads.size() > 1 ? second.const_data_ptr() : nullptr}, read(weight),
+                       read(bias), read(mean), read(rstd), dx.mutable_data_ptr(), written(dweight), written(dbias)});
   }
   return {dx, dweight, dbias};
 }
@@ -203,14 +193,14 @@ auto find(const char* name, F*) {
 }
 
 struct Normalise : torch::autograd::Function<Normalise> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const MaybeTensor& weight,
-                               const MaybeTensor& bias, const Norm& norm) {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Tensor& bias,
+                               const Norm& norm) {
     at::AutoDispatchBelowADInplaceOrView guard;
     static auto op = find("gan_ops::_normalise", normalise);
     auto [first, second, mean, rstd] =
         op.call(x, weight, bias, norm.running_mean, norm.running_var, norm.training, norm.momentum, norm.eps,
                 norm.slope, norm.activate_first, norm.biased, norm.split);
-    ctx->save_for_backward({x, weight.value_or(Tensor()), bias.value_or(Tensor()), mean, rstd});
+    ctx->save_for_backward({x, weight, bias, mean, rstd});
     ctx->saved_data["flags"] = std::vector<bool>{norm.training, norm.activate_first};
     ctx->saved_data["numbers"] = std::vector<double>{norm.eps, norm.slope};
     return norm.split ? variable_list{first, second} : variable_list{first};
@@ -221,30 +211,20 @@ struct Normalise : torch::autograd::Function<Normalise> {
     auto numbers = ctx->saved_data["numbers"].toDoubleVector();
     auto saved = ctx->get_saved_variables();
     auto &x = saved[0], &weight = saved[1], &bias = saved[2], &mean = saved[3], &rstd = saved[4];
-    if (at::GradMode::is_enabled()) {
-      Norm norm{weight, bias, {}, {}, flags[0], 0, numbers[0], numbers[1], flags[1], false, grads.size() > 1};
-      if (!norm.training) norm.running_mean = mean, norm.running_var = rstd.pow(-2), norm.eps = 0;
-      return differentiable(grads, x, norm);
+    if (!at::GradMode::is_enabled()) {
+      static auto op = find("gan_ops::_normalise_backward", normalise_backward);
+      auto [dx, dweight, dbias] = op.call(grads, x, weight, bias, mean, rstd, flags[0], numbers[1], flags[1]);
+      return {dx, dweight, dbias, Tensor()};
     }
-    static auto op = find("gan_ops::_normalise_backward", normalise_backward);
-    auto [dx, dweight, dbias] = op.call(grads, x, weight, bias, mean, rstd, flags[0], numbers[1], flags[1]);
-    return {dx, weight.defined() ? dweight : Tensor(), bias.defined() ? dbias : Tensor(), Tensor()};
-  }
-
-  // The gradients as functions that can be differentiated. Each source is seen through a view of its own, since one
-  // may be computed from another.
-  static variable_list differentiable(const variable_list& grads, const Tensor& x, Norm norm) {
-    variable_list sources{x, *norm.weight, *norm.bias}, wanted, result(4);
-    for (auto& source : sources) {
-      if (source.defined() && source.requires_grad()) wanted.push_back(source = source.view_as(source));
-    }
-    norm.weight = sources[1], norm.bias = sources[2];
+    // The gradients are to be differentiated. Each source is seen through a view of its own, since one of them may have
+    // been computed from another.
+    variable_list sources{x, weight, bias};
+    for (auto& t : sources) t = t.requires_grad() ? t.view_as(t) : t.detach().requires_grad_();
+    Norm norm{sources[1], sources[2], {}, {}, flags[0], 0, numbers[0], numbers[1], flags[1], false, grads.size() > 1};
+    if (!norm.training) norm.running_mean = mean, norm.running_var = rstd.pow(-2), norm.eps = 0;
     auto parts = parts_of(by_aten(sources[0], norm), norm.split, x.suggest_memory_format());
-    auto found = torch::autograd::grad(parts, wanted, grads, true, true);
-    for (size_t i = 0, next = 0; i < sources.size(); ++i) {
-      if (sources[i].defined() && sources[i].requires_grad()) result[i] = found[next++];
-    }
-    return result;
+    auto found = torch::autograd::grad(parts, sources, grads, true, true);
+    return {found[0], found[1], found[2], Tensor()};
   }
 };
 
@@ -254,7 +234,10 @@ variable_list outputs_of(const Tensor& x, const Norm& norm) {
   check(x, norm);
   auto format = x.suggest_memory_format();
   if (!has_kernel(x)) return parts_of(by_aten(x, norm), norm.split, format);
-  return Normalise::apply(x.contiguous(format), dense(norm.weight), dense(norm.bias), norm);
+  auto one = [&](double value) { return at::full_symint({x.sym_size(1)}, value, x.options().dtype(at::kFloat)); };
+  auto weight = given(norm.weight) ? norm.weight->contiguous() : one(1);
+  auto bias = given(norm.bias) ? norm.bias->contiguous() : one(0);
+  return Normalise::apply(x.contiguous(format), weight, bias, norm);
 }
 
 template <bool activate_first>
@@ -266,34 +249,34 @@ Tensor one_input(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& 
                         false})[0];
 }
 
-Tensor sum_of(const Tensor& left, const Tensor& right) {
+Tensor sum_of(const Tensor& left, const Tensor& right, bool split) {
   check_input(left, "left");
   check_input(right, "right");
   TORCH_CHECK(left.sym_sizes() == right.sym_sizes(), "right must have the sizes of left, ", left.sym_sizes(), ", not ",
               right.sym_sizes());
   TORCH_CHECK(left.device() == right.device(), "right must be on ", left.device(), " as left is, not on ",
               right.device());
+  TORCH_CHECK(!split || left.sym_size(1) % 2 == 0, "split must be False, or the number of channels even, not ",
+              left.sym_size(1));
   return left + right;
 }
 
 variable_list norm_seam(const Tensor& left, const Tensor& right, const MaybeTensor& weight, const MaybeTensor& bias,
                         const MaybeTensor& running_mean, const MaybeTensor& running_var, bool training,
                         double momentum, double eps, double slope, bool split) {
-  return outputs_of(sum_of(left, right), {weight, bias, running_mean, running_var, training, momentum, eps, slope,
-                                          false, false, split});
+  return outputs_of(sum_of(left, right, split), {weight, bias, running_mean, running_var, training, momentum, eps,
+                                                 slope, false, false, split});
 }
 
 variable_list bare_seam(const Tensor& left, const Tensor& right, bool split) {
-  auto sum = sum_of(left, right);
-  check_split(sum, split);
+  auto sum = sum_of(left, right, split);
   return parts_of(sum, split, sum.suggest_memory_format());
 }
 
 }  // namespace
 
-#define NORM \
-  "Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, float momentum, " \
-  "float eps, float slope"
+#define MOVED "Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, float momentum, float eps, float slope"
+#define NORM "Tensor? weight, Tensor? bias, " MOVED
 
 TORCH_LIBRARY(gan_ops, m) {
   m.def("batch_norm_leaky_relu(Tensor x, " NORM ", bool biased=False) -> Tensor", one_input<false>);
@@ -301,9 +284,9 @@ TORCH_LIBRARY(gan_ops, m) {
   m.def("split_add_batch_norm_leaky_relu(Tensor left, Tensor right, " NORM ", bool split) -> Tensor[]", norm_seam);
   m.def("split_add(Tensor left, Tensor right, bool split) -> Tensor[]", bare_seam);
   const auto everywhere = c10::DispatchKey::CompositeExplicitAutograd;  // on fake tensors too
-  m.def("_normalise(Tensor x, " NORM ", bool activate_first, bool biased, bool split)"
+  m.def("_normalise(Tensor x, Tensor weight, Tensor bias, " MOVED ", bool activate_first, bool biased, bool split)"
         " -> (Tensor, Tensor, Tensor, Tensor)", torch::dispatch(everywhere, normalise));
-  m.def("_normalise_backward(Tensor[] grads, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, "
+  m.def("_normalise_backward(Tensor[] grads, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, "
         "bool training, float slope, bool activate_first) -> (Tensor, Tensor, Tensor)",
         torch::dispatch(everywhere, normalise_backward));
 }

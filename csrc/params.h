@@ -14,7 +14,7 @@ struct Shape {
   Type type;
 };
 
-// y = leaky_relu(batch_norm(x)) or, activate_first, batch_norm(leaky_relu(x)).
+// y = leaky_relu(batch_norm(x)) or, activate_first, batch_norm(leaky_relu(x)). All float* are c numbers.
 struct Forward {
   Shape shape;
   bool training, activate_first;
@@ -22,9 +22,9 @@ struct Forward {
   double momentum, eps, slope;
   const void* x;
   void* halves[2];  // of y: c/2 channels each, dense in x's layout; or all of y, and null
-  const void *weight, *bias;         // c of each, or null: 1 and 0
-  void *running_mean, *running_var;  // c of each, or null; moved by `momentum` in training
-  void *mean, *rstd;                 // c of each: what x is normalised with, read in evaluation, written in training
+  const float *weight, *bias;
+  float *mean, *rstd;                 // what x is normalised with, 1/sqrt(variance + eps): written in training, else read
+  float *running_mean, *running_var;  // moved by `momentum` in training; or null
 };
 
 // dx, dweight and dbias from the gradient of y.
@@ -34,16 +34,17 @@ struct Backward {
   double slope;
   const void* x;
   const void* halves[2];  // of the gradient, as above
-  const void *weight, *bias, *mean, *rstd;
-  void *dx, *dweight, *dbias;  // dweight, dbias: c of each, or null where not wanted
+  const float *weight, *bias, *mean, *rstd;
+  void* dx;
+  float *dweight, *dbias;
 };
 
-void run_on_cpu(const Forward&);
-void run_on_cpu(const Backward&);
+template <class Call>  // Forward or Backward
+void run_on_cpu(const Call&);
 
 // On the current device and the cudaStream_t `stream`, with workspace_bytes of its memory; the result is a cudaError_t.
+template <class Call>
+int run_on_cuda(const Call&, void* workspace, void* stream);
 size_t workspace_bytes(const Shape&);
-int run_on_cuda(const Forward&, void* workspace, void* stream);
-int run_on_cuda(const Backward&, void* workspace, void* stream);
 
 }  // namespace gan_ops

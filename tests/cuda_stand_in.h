@@ -126,9 +126,6 @@ struct float2 {
 
 namespace gan_ops {
 
-inline void start_next_launch() {}
-inline void wait_for_previous_launch() {}
-
 inline float2 widen_two(uint32_t word, __nv_bfloat16) {
   return {__bfloat162float({static_cast<uint16_t>(word)}), __bfloat162float({static_cast<uint16_t>(word >> 16)})};
 }
