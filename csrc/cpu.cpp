@@ -24,7 +24,6 @@ namespace {
 using V = at::vec::Vectorized<float>;
 using Pack = std::array<V, 2>;
 constexpr int W = 2 * V::size();  // values of a column in a row
-constexpr int64_t GRAIN = 16384;  // values that a thread is worth starting for
 using Full = std::integral_constant<int64_t, W>;  // a count of values that is known when the loop is compiled
 
 // Fetches what lies `ahead` too, which comes next, since the processor foresees only long stretches.
@@ -78,13 +77,12 @@ struct Layout {
     runs = (rows + each - 1) / each;
   }
 
-  int64_t end(int64_t run) const { return std::min(rows, (run + 1) * each); }
-
   // f(column, count) for the values of channels [first, last) in a run; of all channels, where planes are small.
   template <typename F>
   void walk(int64_t run, int64_t first, int64_t last, F f) const {
     const int64_t half = split ? c / 2 : c, length = half * hw, tall = std::clamp<int64_t>(1024 / columns, 4, 16);
-    for (int64_t m = run * each; planes && m < end(run); ++m) {
+    const int64_t begin = run * each, end = std::min(rows, begin + each);
+    for (int64_t m = begin; planes && m < end; ++m) {
       for (int64_t i = first; i < last; ++i) {
         const int64_t second = i >= half, whole = hw / W * W;
         Column column{(m * c + i) * hw, (m * half + i - second * half) * hw, second, i * W, hw / W, W, W, 16 * W};
@@ -93,9 +91,9 @@ struct Layout {
         if (whole < hw) f(column, hw - whole);
       }
     }
-    for (int64_t m = run * each; !planes && m < end(run); m += tall) {
+    for (int64_t m = begin; !planes && m < end; m += tall) {
       for (int64_t i = 0; i < columns; i += i % length + W < length ? W : length - i % length) {
-        const int64_t height = std::min(tall, end(run) - m), at = m * length + i % length, count = length - i % length;
+        const int64_t height = std::min(tall, end - m), at = m * length + i % length, count = length - i % length;
         const Column column{m * columns + i, at, i / length, i, height, columns, length, tall * length};
         count < W ? f(column, count) : f(column, Full{});
       }
@@ -106,8 +104,8 @@ struct Layout {
   // last pass begins with the rows that a thread has just left.
   template <typename Reduce, typename Settle, typename Apply>
   void schedule(bool reduces, Reduce reduce, Settle settle, Apply apply) const {
-    const auto over = [](int64_t count, int64_t values, auto f) {
-      at::parallel_for(0, count, std::max<int64_t>(1, GRAIN / values), f);
+    const auto over = [](int64_t count, int64_t values, auto f) {  // a thread is worth starting for 16384 values
+      at::parallel_for(0, count, std::max<int64_t>(1, 16384 / values), f);
     };
     if (planes) {
       return over(c, rows * hw, [&](int64_t begin, int64_t end) {
@@ -140,9 +138,7 @@ struct Numbers {
   void set(int64_t i, double value) { std::fill_n(at(i * repeat), repeat, float(value)); }
   double sum(int64_t i) {
     double total = 0;
-    for (auto from = all.begin() + i * repeat; from < all.end(); from += padded) {
-      total = std::accumulate(from, from + repeat, total);
-    }
+    for (size_t k = i * repeat; k < all.size(); k += padded) total = std::accumulate(&all[k], &all[k] + repeat, total);
     return total;
   }
 };
@@ -230,14 +226,11 @@ void run(const Call& call) {
       }
     });
   };
-  // In training forward sums up distances from a channel's first value.
   for (int64_t i = 0; i < l.c; ++i) {
-    const float value = x[i * l.hw];
-    if (BACK || !call.training) {
-      set_norm(i);
-    } else if (std::isfinite(value)) {
-      mean.set(i, FIRST && value <= 0 ? value * float(call.slope) : value);
-    }
+    const float value = x[i * l.hw];  // what forward sums up in training are distances from it
+    const bool known = BACK || !call.training;
+    if (known) set_norm(i);
+    if (!known && std::isfinite(value)) mean.set(i, FIRST && value <= 0 ? value * float(call.slope) : value);
   }
   l.schedule(BACK || call.training, reduce, settle, apply);
 }

@@ -31,13 +31,10 @@ namespace {
 
 // One stream's launches on the current device, up to the first error.
 struct Launches {
+  const std::function<void*(size_t)>& allocate;
   cudaStream_t stream;
   int device = 0, processors = 0, threads = kThreads;
-  cudaError_t error;
-
-  explicit Launches(void* stream_) : stream(static_cast<cudaStream_t>(stream_)), error(cudaGetDevice(&device)) {
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  }
+  cudaError_t error = cudaGetDevice(&device);
 
   template <class... Given>
   void operator()(void (*kernel)(Given...), int blocks, int block, Given... given) {
@@ -53,19 +50,16 @@ struct Launches {
 
 }  // namespace
 
-// 0 where there is no device: the call that the workspace is for then says so.
-size_t workspace_bytes(const Shape& s) {
-  const Launches launches(nullptr);
-  return launches.error == cudaSuccess ? workspace_bytes_of(s, launches.processors, launches.threads) : 0;
-}
-
 template <class Call>
-int run_on_cuda(const Call& call, void* workspace, void* stream) {
-  Launches launches(stream);
-  if (launches.error == cudaSuccess) run(call, workspace, launches);
-  return launches.error;
+int run_on_cuda(const Call& call, const std::function<void*(size_t)>& allocate, void* stream) {
+  Launches launches{allocate, static_cast<cudaStream_t>(stream)};
+  auto& error = launches.error;
+  auto count = cudaDevAttrMultiProcessorCount;
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&launches.processors, count, launches.device);
+  if (error == cudaSuccess) run(call, launches);
+  return error;
 }
-template int run_on_cuda(const Forward&, void*, void*);
-template int run_on_cuda(const Backward&, void*, void*);
+template int run_on_cuda(const Forward&, const std::function<void*(size_t)>&, void*);
+template int run_on_cuda(const Backward&, const std::function<void*(size_t)>&, void*);
 
 }  // namespace gan_ops

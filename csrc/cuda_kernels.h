@@ -64,7 +64,6 @@ __global__ void naive_forward(Forward f) {
     }
     if (pass == 1) rstd = 1 / sqrt(variance + f.eps);
   }
-  if (!f.training) return;
   f.mean[c] = mean, f.rstd[c] = rstd;
   if (!f.running_mean) return;
   f.running_mean[c] += f.momentum * (mean - f.running_mean[c]);
@@ -142,15 +141,6 @@ struct Place {
   }
 };
 
-// The thread's vectors of kUnroll rows from r on: loads that do not wait for each other.
-template <typename T, int V, class P>
-__device__ void fetch(const Vector<T, V>* from, int row, int r, const P& p, Vector<T, V> (&to)[kUnroll]) {
-#pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    if (r + u * p.ranks < p.rows) to[u] = from[(r + u * p.ranks) * row];
-  }
-}
-
 // Adds up the sums of all threads of a channel: in `shared`, by lane, where the slots of the first sharers were.
 template <int N, class P>
 __device__ void add_up(const float (&sums)[N], const P& p, int channels, float (*shared)[kThreads]) {
@@ -205,22 +195,30 @@ struct Norm {
   float mean[LANES] = {}, scale[LANES] = {}, bias[LANES] = {};
 };
 
-// Down the thread's column, use(row, x, distances from the mean, y), a vector of each; in backward y is the gradient of
-// what was normalised. FIRST: LeakyReLU comes first. BEGINS: forward's statistics are not known yet, distances are from
-// the origin.
-template <bool FIRST, bool BEGINS, typename T, int V, int LANES, class Work, class Use>
+// Down the thread's column, use(x, distances from the mean, y), a vector of each; in backward y is the gradient of what
+// was normalised. FIRST: LeakyReLU comes first. APPLIES: what becomes of y is written, to the output or dx; else, in
+// forward, the mean is not known yet, and distances are from the origin.
+template <bool FIRST, bool APPLIES, typename T, int V, int LANES, class Work, class Use>
 __device__ void down(const Work& w, const Place<T, V, LANES>& p, Norm<LANES>& norm, const Use& use) {
-  constexpr bool BACK = std::is_same_v<Work, Backward>;
+  constexpr bool BACK = std::is_same_v<Work, Backward>, known = APPLIES || BACK;
   const auto* const x = p.in(w.x);
-  const int row = static_cast<int>(p.row), half_row = static_cast<int>(p.half_row);
+  auto* const half = p.in_half(w.halves);
+  const int row = static_cast<int>(p.row), half_row = static_cast<int>(p.half_row), to_row = BACK ? row : half_row;
+  Vector<T, V>* to;
+  if constexpr (BACK) to = p.in(w.dx);
+  if constexpr (!BACK) to = half;
   const float slope = w.slope;
   for (int r = p.rank; r < p.rows; r += kUnroll * p.ranks) {
     Vector<T, V> held[kUnroll], grads[kUnroll];
-    fetch(x, row, r, p, held);
-    if constexpr (BACK) fetch(p.in_half(w.halves), half_row, r, p, grads);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {  // loads that do not wait for each other
+      const int at = r + u * p.ranks;
+      if (at < p.rows) held[u] = x[at * row];
+      if (BACK && at < p.rows) grads[u] = half[at * half_row];
+    }
     for (int i = 0, c = p.channel; i < LANES && r == p.rank; ++i, ++c) {  // behind the first loads, which take as long
-      norm.mean[i] = BEGINS ? origin_of<T, FIRST>(w, c) : w.mean[c];
-      if (!BEGINS) norm.scale[i] = w.weight[c] * w.rstd[c], norm.bias[i] = w.bias[c];
+      norm.mean[i] = known ? w.mean[c] : origin_of<T, FIRST>(w, c);
+      if (known) norm.scale[i] = w.weight[c] * w.rstd[c], norm.bias[i] = w.bias[c];
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
@@ -234,7 +232,10 @@ __device__ void down(const Work& w, const Place<T, V, LANES>& p, Norm<LANES>& no
         if (!BACK) y[j] = normal;
         if (!FIRST) y[j] = leaky(y[j], normal, slope);
       }
-      use(r + u * p.ranks, v, apart, y);
+      use(v, apart, y);
+      if (!APPLIES) continue;
+      pack(y, held[u]);
+      to[(r + u * p.ranks) * to_row] = held[u];
     }
   }
 }
@@ -265,7 +266,7 @@ __global__ void __launch_bounds__(kThreads, kResident) reduce(Work w, Geometry g
   const Place<T, V, LANES> p(g, w.halves[1], blockIdx.x);
   Norm<LANES> norm;
   float sums[2 * LANES] = {};
-  down<FIRST, !BACK>(w, p, norm, [&](int, const float (&)[V], const float (&apart)[V], const float (&y)[V]) {
+  down<FIRST, false>(w, p, norm, [&](const float (&)[V], const float (&apart)[V], const float (&y)[V]) {
     for (int j = 0; j < V; ++j) {
       const float one = BACK ? y[j] : apart[j];
       sums[j % LANES] += one;
@@ -283,33 +284,21 @@ __global__ void __launch_bounds__(kThreads, kResident) reduce(Work w, Geometry g
 // The output or its halves; in backward dx.
 template <typename T, int V, int LANES, bool FIRST, class Work>
 __global__ void __launch_bounds__(kThreads, kResident) apply(Work w, Geometry g) {
+  constexpr bool BACK = std::is_same_v<Work, Backward>;
   const Place<T, V, LANES> p(g, w.halves[1], gridDim.x - 1 - blockIdx.x);
-  const int row = static_cast<int>(p.row), half_row = static_cast<int>(p.half_row);
   Norm<LANES> norm;
-  Vector<T, V> result;  // stored as one word of 16 bytes
-  if constexpr (std::is_same_v<Work, Forward>) {
-    auto* const out = p.in_half(w.halves);
-    down<FIRST, false>(w, p, norm, [&](int r, const float (&)[V], const float (&)[V], const float (&y)[V]) {
-      pack(y, result);
-      out[r * half_row] = result;
-    });
-  } else {
-    auto* const dx = p.in(w.dx);
-    const float slope = w.slope;
-    float level[LANES] = {}, tilt[LANES] = {};
-    for (int i = 0; i < LANES && w.training && p.rows > 0; ++i) {
-      level[i] = g.terms[p.channel + i], tilt[i] = g.terms[g.padded + p.channel + i];
-    }
-    down<FIRST, false>(w, p, norm, [&](int r, const float (&v)[V], const float (&apart)[V], float (&d)[V]) {
-      for (int j = 0; j < V; ++j) {
-        d[j] *= norm.scale[j % LANES];
-        if (w.training) d[j] -= fmaf(apart[j], tilt[j % LANES], level[j % LANES]);
-        if (FIRST) d[j] = leaky(d[j], v[j], slope);
-      }
-      pack(d, result);
-      dx[r * row] = result;
-    });
+  float level[LANES] = {}, tilt[LANES] = {};
+  for (int i = 0; BACK && w.training && i < LANES && p.rows > 0; ++i) {
+    level[i] = g.terms[p.channel + i], tilt[i] = g.terms[g.padded + p.channel + i];
   }
+  const float slope = w.slope;
+  down<FIRST, true>(w, p, norm, [&](const float (&v)[V], const float (&apart)[V], float (&d)[V]) {
+    for (int j = 0; BACK && j < V; ++j) {
+      d[j] *= norm.scale[j % LANES];
+      if (w.training) d[j] -= fmaf(apart[j], tilt[j % LANES], level[j % LANES]);
+      if (FIRST) d[j] = leaky(d[j], v[j], slope);
+    }
+  });
 }
 
 // Choice ------------------------------------------------------------------------------------------------------------
@@ -336,12 +325,13 @@ auto kernel_for(const Work& work, int vector, bool reduces) {
 
 // Calls launch(kernel, blocks, threads, arguments) for all of a call, in order.
 template <class Work, class Launch>
-void run(const Work& work, void* workspace, Launch& launch) {
+void run(const Work& work, Launch& launch) {
   constexpr bool BACK = std::is_same_v<Work, Backward>;
   const void* dx = nullptr;
   if constexpr (BACK) dx = work.dx;
   const int vector = vector_of(work.shape, work.halves[1], {work.halves[0], work.halves[1], work.x, dx});
-  const Geometry g = plan(work.shape, vector, workspace, launch.processors, launch.threads);
+  Geometry g = plan(work.shape, vector, launch.processors, launch.threads);
+  g.use(launch.allocate(g.bytes()));
   for (bool reduces : {true, false}) {
     if (reduces && !BACK && !work.training) continue;  // mean and rstd are given
     if (reduces) launch.clear(g.done, g.groups * sizeof(unsigned));

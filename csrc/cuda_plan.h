@@ -30,7 +30,11 @@ struct Geometry {
   float* terms;    // of backward, two numbers of each channel that the second launch needs
 
   int blocks() const { return groups * parts; }
-  int64_t bytes() const { return sizeof(float) * (groups + (2 + 2 * int64_t{parts}) * padded); }
+  int64_t bytes() const { return sizeof(float) * (groups + (2 + 2 * int64_t{parts}) * padded); }  // of workspace
+  void use(void* workspace) {
+    done = static_cast<unsigned*>(workspace), terms = static_cast<float*>(workspace) + groups;
+    partials = terms + 2 * padded;
+  }
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -44,15 +48,22 @@ inline int vector_of(const Shape& s, bool split, std::initializer_list<const voi
   return aligned && run % full == 0 ? full : 1;
 }
 
-// The rows are cut into as many chunks as fill the processors once; but each thread has kUnroll rows, where there are as
-// many.
+// The rows are cut into as many chunks as fill the processors once, or up to four times where that leaves fewer idle;
+// but each thread has kUnroll rows, where there are as many.
 inline int chunks_of(const Geometry& g, int processors) {
-  const int64_t side = int64_t{g.groups} * g.pieces, most = std::max(1, g.rows / (g.ranks * kUnroll));
-  const int64_t chunks = std::clamp<int64_t>(kResident * processors / side, 1, most);
-  return static_cast<int>(std::max(chunks, ceil_div(g.rows * g.row, int64_t{1} << 30)));  // offsets in it fit 32 bits
+  const int64_t place = int64_t{kResident} * processors, side = int64_t{g.groups} * g.pieces;
+  const int64_t most = std::max(1, g.rows / (g.ranks * kUnroll));
+  int64_t best = 1;
+  double best_share = 0;
+  for (int waves = 1; waves <= 4; ++waves) {
+    const int64_t chunks = std::clamp<int64_t>(waves * place / side, 1, most), blocks = chunks * side;
+    const double share = double(blocks) / (ceil_div(blocks, place) * place);
+    if (share > 1.02 * best_share) best = chunks, best_share = share;
+  }
+  return static_cast<int>(std::max(best, ceil_div(g.rows * g.row, int64_t{1} << 30)));  // offsets in it fit 32 bits
 }
 
-inline Geometry plan(const Shape& s, int vector, void* workspace, int processors, int threads) {
+inline Geometry plan(const Shape& s, int vector, int processors, int threads) {
   Geometry g{};
   const int lanes = s.hw == 1 ? vector : 1, columns = static_cast<int>(s.c / lanes);  // lanes: channels of a vector
   g.rows = static_cast<int>(s.n), g.c = static_cast<int>(s.c);
@@ -68,16 +79,7 @@ inline Geometry plan(const Shape& s, int vector, void* workspace, int processors
   g.chunk = static_cast<int>(ceil_div(g.rows, chunks_of(g, processors)));
   g.parts = static_cast<int>(ceil_div(g.rows, g.chunk)) * g.pieces;
   g.padded = g.groups * (g.width / g.span) * lanes;
-  g.done = static_cast<unsigned*>(workspace);
-  g.terms = static_cast<float*>(workspace) + g.groups;
-  g.partials = g.terms + 2 * g.padded;
   return g;
-}
-
-// For vectors of either size.
-inline int64_t workspace_bytes_of(const Shape& s, int processors, int threads) {
-  return std::max(plan(s, 1, nullptr, processors, threads).bytes(),
-                  plan(s, vector_of(s, false, {}), nullptr, processors, threads).bytes());
 }
 
 }  // namespace gan_ops

@@ -53,8 +53,8 @@ void check_input(const Tensor& x, const char* name) {
 
 void check_channels(const Tensor& x, const MaybeTensor& tensor, const char* name, bool moves = false) {
   if (!given(tensor)) return;
-  TORCH_CHECK(tensor->dim() == 1 && tensor->sym_size(0) == x.sym_size(1), name,
-              " must have one number for each of the ", x.sym_size(1), " channels, not the sizes ", tensor->sym_sizes());
+  TORCH_CHECK(tensor->dim() == 1 && tensor->sym_size(0) == x.sym_size(1), name, " must have a number for each of the ",
+              x.sym_size(1), " channels, not the sizes ", tensor->sym_sizes());
   TORCH_CHECK(tensor->scalar_type() == channel_type(x), name, " must be ", channel_type(x), " with an input of ",
               x.scalar_type(), ", not ", tensor->scalar_type());
   TORCH_CHECK(tensor->device() == x.device(), name, " must be on ", x.device(), " as x is, not on ", tensor->device());
@@ -140,9 +140,13 @@ void launch(const Tensor& x, const Call& call) {
 #ifdef GAN_OPS_CUDA
   if (x.is_cuda()) {
     c10::cuda::CUDAGuard guard(x.device());
-    auto workspace = at::empty({static_cast<int64_t>(workspace_bytes(call.shape))}, x.options().dtype(at::kByte));
+    Tensor workspace;
+    auto allocate = [&](size_t bytes) {
+      workspace = at::empty({static_cast<int64_t>(bytes)}, x.options().dtype(at::kByte));
+      return workspace.mutable_data_ptr();
+    };
     auto stream = c10::cuda::getCurrentCUDAStream().stream();
-    C10_CUDA_CHECK(static_cast<cudaError_t>(run_on_cuda(call, workspace.mutable_data_ptr(), stream)));
+    C10_CUDA_CHECK(static_cast<cudaError_t>(run_on_cuda(call, allocate, stream)));
     return;
   }
 #endif
@@ -161,12 +165,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalise(
   auto mean = training ? at::empty_like(weight) : running_mean->clone();
   auto rstd = training ? at::empty_like(weight) : (*running_var + eps).rsqrt();
   if (!x.is_meta()) {
-    const bool moves = training && given(running_mean);
-    launch(x, Forward{shape_of(x), training, activate_first, biased, momentum, eps, slope, x.const_data_ptr(),
-                      {first.mutable_data_ptr(), second.mutable_data_ptr()}, read(weight), read(bias), written(mean),
-                      written(rstd), moves ? written(*running_mean) : nullptr, moves ? written(*running_var) : nullptr});
-    if (moves) running_mean->unsafeGetTensorImpl()->bump_version();
-    if (moves) running_var->unsafeGetTensorImpl()->bump_version();
+    Forward f{shape_of(x), training, activate_first, biased, momentum, eps, slope, x.const_data_ptr(),
+              {first.mutable_data_ptr(), second.mutable_data_ptr()}, read(weight), read(bias), written(mean),
+              written(rstd), nullptr, nullptr};
+    if (training && given(running_mean)) {
+      f.running_mean = written(*running_mean), f.running_var = written(*running_var);
+      running_mean->unsafeGetTensorImpl()->bump_version(), running_var->unsafeGetTensorImpl()->bump_version();
+    }
+    launch(x, f);
   }
   return {first, second, mean, rstd};
 }
@@ -186,17 +192,12 @@ std::tuple<Tensor, Tensor, Tensor> normalise_backward(
   return {dx, dweight, dbias};
 }
 
-// A private operation through the dispatcher.
-template <typename F>
-auto find(const char* name, F*) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<F>();
-}
-
 struct Normalise : torch::autograd::Function<Normalise> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Tensor& bias,
                                const Norm& norm) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    static auto op = find("gan_ops::_normalise", normalise);
+    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("gan_ops::_normalise", "")
+                         .typed<decltype(normalise)>();
     auto [first, second, mean, rstd] =
         op.call(x, weight, bias, norm.running_mean, norm.running_var, norm.training, norm.momentum, norm.eps,
                 norm.slope, norm.activate_first, norm.biased, norm.split);
@@ -212,7 +213,8 @@ struct Normalise : torch::autograd::Function<Normalise> {
     auto saved = ctx->get_saved_variables();
     auto &x = saved[0], &weight = saved[1], &bias = saved[2], &mean = saved[3], &rstd = saved[4];
     if (!at::GradMode::is_enabled()) {
-      static auto op = find("gan_ops::_normalise_backward", normalise_backward);
+      static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("gan_ops::_normalise_backward", "")
+                           .typed<decltype(normalise_backward)>();
       auto [dx, dweight, dbias] = op.call(grads, x, weight, bias, mean, rstd, flags[0], numbers[1], flags[1]);
       return {dx, dweight, dbias, Tensor()};
     }
@@ -234,10 +236,11 @@ variable_list outputs_of(const Tensor& x, const Norm& norm) {
   check(x, norm);
   auto format = x.suggest_memory_format();
   if (!has_kernel(x)) return parts_of(by_aten(x, norm), norm.split, format);
-  auto one = [&](double value) { return at::full_symint({x.sym_size(1)}, value, x.options().dtype(at::kFloat)); };
-  auto weight = given(norm.weight) ? norm.weight->contiguous() : one(1);
-  auto bias = given(norm.bias) ? norm.bias->contiguous() : one(0);
-  return Normalise::apply(x.contiguous(format), weight, bias, norm);
+  auto numbers = [&](const MaybeTensor& tensor, double otherwise) {
+    if (given(tensor)) return tensor->contiguous();
+    return at::full_symint({x.sym_size(1)}, otherwise, x.options().dtype(at::kFloat));
+  };
+  return Normalise::apply(x.contiguous(format), numbers(norm.weight, 1), numbers(norm.bias, 0), norm);
 }
 
 template <bool activate_first>
@@ -252,10 +255,8 @@ Tensor one_input(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& 
 Tensor sum_of(const Tensor& left, const Tensor& right, bool split) {
   check_input(left, "left");
   check_input(right, "right");
-  TORCH_CHECK(left.sym_sizes() == right.sym_sizes(), "right must have the sizes of left, ", left.sym_sizes(), ", not ",
-              right.sym_sizes());
-  TORCH_CHECK(left.device() == right.device(), "right must be on ", left.device(), " as left is, not on ",
-              right.device());
+  TORCH_CHECK(left.sym_sizes() == right.sym_sizes() && left.device() == right.device(), "right must be like left, ",
+              left.sym_sizes(), " on ", left.device(), ", not ", right.sym_sizes(), " on ", right.device());
   TORCH_CHECK(!split || left.sym_size(1) % 2 == 0, "split must be False, or the number of channels even, not ",
               left.sym_size(1));
   return left + right;
@@ -297,12 +298,9 @@ PyMODINIT_FUNC PyInit_gan_ops() {
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "gan_ops",
                                "torch.ops.gan_ops: what stands between two convolutions, as one operation.", -1};
   PyObject* self = PyModule_Create(&module);
-  if (self == nullptr) return nullptr;
   PyObject* devices = gan_ops::cpu_serves() ? Py_BuildValue("(s)", "cpu") : PyTuple_New(0);
-#ifdef GAN_OPS_CUDA
-  devices = PySequence_InPlaceConcat(devices, Py_BuildValue("(s)", "cuda"));
-#endif
-  if (PyModule_AddObject(self, "devices", devices) < 0) return nullptr;
+  if (with_cuda) devices = PySequence_InPlaceConcat(devices, Py_BuildValue("(s)", "cuda"));
+  if (self == nullptr || PyModule_AddObject(self, "devices", devices) < 0) return nullptr;
   PyModule_AddStringConstant(self, "torch_version", GAN_OPS_TORCH);
   PyModule_AddStringConstant(self, "without_cuda", GAN_OPS_WITHOUT_CUDA);
   return self;

@@ -1,7 +1,7 @@
 // What one call of an operation works on: plain numbers and pointers, so that kernels need neither torch nor CUDA.
 #pragma once
-#include <cstddef>
 #include <cstdint>
+#include <functional>
 
 namespace gan_ops {
 
@@ -23,7 +23,7 @@ struct Forward {
   const void* x;
   void* halves[2];  // of y: c/2 channels each, dense in x's layout; or all of y, and null
   const float *weight, *bias;
-  float *mean, *rstd;                 // what x is normalised with, 1/sqrt(variance + eps): written in training, else read
+  float *mean, *rstd;                 // what x is normalised with, 1/deviation: written in training, else read
   float *running_mean, *running_var;  // moved by `momentum` in training; or null
 };
 
@@ -42,9 +42,8 @@ struct Backward {
 template <class Call>  // Forward or Backward
 void run_on_cpu(const Call&);
 
-// On the current device and the cudaStream_t `stream`, with workspace_bytes of its memory; the result is a cudaError_t.
+// On the current device and the cudaStream_t `stream`, with memory that `allocate` gives; the result is a cudaError_t.
 template <class Call>
-int run_on_cuda(const Call&, void* workspace, void* stream);
-size_t workspace_bytes(const Shape&);
+int run_on_cuda(const Call&, const std::function<void*(size_t)>& allocate, void* stream);
 
 }  // namespace gan_ops

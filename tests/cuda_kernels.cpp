@@ -104,6 +104,12 @@ std::set<void*> kernels_run;
 struct Launch {
   int processors, threads;
   bool in_reverse;
+  std::unique_ptr<void, Free> workspace{};
+
+  void* allocate(int64_t bytes) {
+    workspace.reset(std::malloc(bytes));
+    return std::memset(workspace.get(), 0xff, bytes);
+  }
 
   void clear(void* memory, size_t bytes) { std::memset(memory, 0, bytes); }
 
@@ -173,7 +179,7 @@ class Run {
     Forward f{s_, c_.training, c_.activate_first, c_.biased, 0.1, 1e-5, 0.2, x_->data(),
               {o[kOut0].data(), c_.split ? o[kOut1].data() : nullptr}, numbers(parameters_[0]), numbers(parameters_[1]),
               numbers(o[kMean]), numbers(o[kRstd]), nullptr, nullptr};
-    if (c_.running) f.running_mean = numbers(o[kRunningMean]), f.running_var = numbers(o[kRunningVar]);
+    if (c_.running && c_.training) f.running_mean = numbers(o[kRunningMean]), f.running_var = numbers(o[kRunningVar]);
     call(f, way);
     const auto& statistics = given ? *given : o;
     Backward b{s_, c_.training, c_.activate_first, 0.2, x_->data(),
@@ -186,10 +192,7 @@ class Run {
   template <class Work>
   void call(const Work& work, int way) const {
     Launch launch{c_.processors, c_.threads, way == 1};
-    const int64_t bytes = workspace_bytes_of(s_, launch.processors, launch.threads);
-    const std::unique_ptr<void, Free> workspace(std::malloc(bytes));
-    std::memset(workspace.get(), 0xff, bytes);
-    if (way < 2) return run(work, workspace.get(), launch);
+    if (way < 2) return run(work, launch);
     for (blockIdx.x = 0, blockDim.x = 1; blockIdx.x < s_.c; ++blockIdx.x) {
       threadIdx.x = 0;
       if (c_.type == Type::f32) naive<float>(work);
@@ -266,7 +269,7 @@ int unsound_plans() {
         for (int64_t hw : {1, 9, 64, 196, 1 << 10, 1 << 14, 1 << 24}) {
           for (int vector : {1, vector_of({n, c, hw, type}, false, {})}) {
             if (n * c * hw > int64_t{1} << 33) continue;
-            const Geometry g = plan({n, c, hw, type}, vector, nullptr, 132, kThreads);
+            const Geometry g = plan({n, c, hw, type}, vector, 132, kThreads);
             const int64_t spans = c / (hw == 1 ? vector : 1), chunks = g.parts / g.pieces;
             bool sound = g.groups * int64_t{g.width / g.span} >= spans && g.pieces * int64_t{g.span} >= g.plane;
             sound &= chunks * g.chunk >= n && (chunks - 1) * g.chunk < n && g.width * g.ranks <= kThreads;
@@ -293,7 +296,7 @@ void print_plans() {
       for (int64_t h : {4, 8, 16, 32, 64}) {
         const int64_t c = 4096 / h, hw = h * h;
         const Shape s = rows ? Shape{64 * hw, c, 1, type} : Shape{64, c, hw, type};
-        const Geometry g = plan(s, vector_of(s, false, {}), nullptr, 132, kThreads);
+        const Geometry g = plan(s, vector_of(s, false, {}), 132, kThreads);
         std::printf("%-5s %-13s 64x%4dx%2dx%-4d %8d %8d %6.2f %6.1f\n", type == Type::f32 ? "fp32" : "bf16",
                     rows ? "channels_last" : "contiguous", int(c), int(h), int(h), g.blocks(), g.width * g.ranks,
                     g.blocks() / (132.0 * kResident), double(g.chunk) / g.ranks);

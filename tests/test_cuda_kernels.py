@@ -82,7 +82,7 @@ def test_every_barrier_is_needed(tmp_path, number):
 
 
 def test_a_read_beyond_the_end_is_found(tmp_path):
-    old = "if (r + u * p.ranks < p.rows) to[u]"
+    old = "if (at < p.rows) held[u]"
     status, output = build_and_run(tmp_path, ["-fsanitize=address"], SOME, kernels=changed(old, old.replace("<", "<=")))
     assert status != 0 and "heap-buffer-overflow" in output, output
 
