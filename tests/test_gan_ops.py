@@ -206,6 +206,31 @@ def test_first_gradient_is_the_same_when_it_is_differentiable(dtype):
         expected.check_gradients(gradients, gradients_out)
 
 
+@pytest.mark.parametrize("name", NORMS)
+def test_second_gradients_of_float32_are_those_of_float64(name):
+    """float64 goes through PyTorch's operations alone; gradgradcheck has seen those."""
+    def second(given):
+        fresh, turn = given.fresh(), torch.linspace(0.5, 1.5, 7, dtype=torch.float64)
+        loss = sum((y * turn[:y.shape[-1]].to(y)).sin().sum() for y in fresh.call())
+        first = torch.autograd.grad(loss, fresh.sources(), create_graph=True)
+        return torch.autograd.grad(sum(g.sin().sum() for g in first), fresh.sources())
+
+    for layout, training, affine in itertools.product(CORNERS, (True, False), ("both", "none")):
+        given = sample(name, (4, 6, 5, 5), torch.float64, layout, training=training, affine=affine, split=name in SEAMS)
+        torch.testing.assert_close(second(given.mapped(torch.Tensor.float)), tuple(map(torch.Tensor.float, second(given))),
+                                   rtol=1e-3, atol=1e-3)
+
+
+def test_a_weight_that_depends_on_the_input():
+    """Each gradient is of its own source alone, also where one source is computed from another."""
+    x = torch.randn(4, 6, 5, 5, requires_grad=True)
+    weight, bias = x.mean((0, 2, 3)) + 1, torch.zeros(6)
+    y = torch.ops.gan_ops.batch_norm_leaky_relu(x, weight, bias, None, None, True, 0.1, 1e-5, 0.2)
+    plain, = torch.autograd.grad(y.sin().sum(), x, retain_graph=True)
+    again, = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+    torch.testing.assert_close(again, plain)
+
+
 # The dispatcher: schemas, fake tensors, torch.compile
 
 
