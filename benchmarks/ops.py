@@ -3,7 +3,7 @@
 The sides take turns within a row, round by round, and a figure is the median of its rounds. Forward runs without
 gradients; "both" is forward, then torch.autograd.grad for inputs, weight and bias; ratios and the last column belong to
 it. The floor is what it needs at the speed of dst.copy_(src) on tensors of the row's size and type: 8 passes over such
-a tensor, 10 at a seam. Where tensors are small, all figures are mostly the cost of calls, on CUDA of launches.
+a tensor, 11 at a seam. Where tensors are small, all figures are mostly the cost of calls, on CUDA of launches.
 
 On the CPU --keep-memory has the C library keep what is freed, for all sides alike: fresh pages, which the system clears,
 cost as much as a pass or two. --threads 1 counts the process's own time, which other work on the machine leaves alone.
@@ -173,7 +173,7 @@ def measure(row, device, options):
     for _, (key, call) in itertools.product(range(options.rounds), calls.items()):
         rounds[key].append(milliseconds(call, turns, counts[key], device))
     ms = {key: statistics.median(values) for key, values in rounds.items()}
-    floor = ms.pop(("copy", "copy")) / 2 * (10 if row["operation"] in (SEAM, SUM) else 8)  # a copy is two passes
+    floor = ms.pop(("copy", "copy")) / 2 * (11 if row["operation"] in (SEAM, SUM) else 8)  # a copy is two passes
     ratios = {f"{kind}, {side}/ours": ms[kind, side] / ms[kind, "ours"] for kind, side in ms if side != "ours"}
     return dict(row, floor=floor, ms=ms, ratios=ratios)
 

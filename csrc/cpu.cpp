@@ -5,8 +5,9 @@
 // taken channel by channel through both passes, so that the second finds in cache what the first has read; else all
 // rows are read before the second pass begins.
 //
-// Statistics are shifted sums of short runs of rows, in float, put together in double by Chan's formula; runs and their
-// order follow from the sizes alone, so that neither a second call nor another number of threads changes a bit.
+// Statistics are sums of distances from a channel's first value: in float over short runs of rows, in double over the
+// runs. Runs and their order follow from the sizes alone, so that neither a second call nor another number of threads
+// changes a bit.
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
@@ -143,7 +144,7 @@ struct Numbers {
   }
 };
 
-// One call. FIRST: LeakyReLU comes first.
+// One call, of either way. FIRST: LeakyReLU comes first.
 template <typename T, bool FIRST, class Call>
 void run(const Call& call) {
   constexpr bool BACK = std::is_same_v<Call, Backward>;
