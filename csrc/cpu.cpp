@@ -178,7 +178,7 @@ void run(const Call& call) {
     }
   };
   auto reduce = [&](int64_t run, int64_t first, int64_t last) {
-    l.walk(run, first, last, [&](const Column column, auto count) {
+    l.walk(run, first, last, [&](const Column column, auto count) C10_ALWAYS_INLINE_ATTRIBUTE {
       Pack sum = load(sums.at(column.entry, run)), product = load(products.at(column.entry, run));
       down(column, count, nullptr, 0, [&](int k, V, V apart, V y) C10_ALWAYS_INLINE_ATTRIBUTE {
         const V one = cut(BACK ? y : apart, k, count);
@@ -209,7 +209,7 @@ void run(const Call& call) {
     }
   };
   auto apply = [&](int64_t run, int64_t first, int64_t last) {
-    l.walk(run, first, last, [&](const Column column, auto count) {
+    l.walk(run, first, last, [&](const Column column, auto count) C10_ALWAYS_INLINE_ATTRIBUTE {
       if constexpr (BACK) {
         const auto factor = load(scale.at(column.entry)), less = load(level.at(column.entry));
         const auto slant = load(tilt.at(column.entry));
