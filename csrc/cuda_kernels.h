@@ -259,6 +259,7 @@ __device__ void settle(const Backward& b, const Geometry& g, int c, float sum, f
   g.terms[c] = factor * sum, g.terms[g.padded + c] = factor * product * own * own;
 }
 
+// Two sums for each channel, and what follows from them.
 template <typename T, int V, int LANES, bool FIRST, class Work>
 __global__ void __launch_bounds__(kThreads, kResident) reduce(Work w, Geometry g) {
   constexpr bool BACK = std::is_same_v<Work, Backward>;
