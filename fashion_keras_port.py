@@ -4,9 +4,8 @@
     python fashion_keras_port.py --arch dcgan --conditional --loss wgan-gp --data synthetic --steps 600
     python fashion_keras_port.py --generate 100 --checkpoint runs/fashion_keras_port/models.pth
 
-The default is the fully connected GAN of many a Keras notebook, to float32 rounding the same mathematics
-(Goodfellow et al. 2014): Keras's initial weights, batch norm, Adam and losses. Flags add classes,
-convolutions, styles and other losses.
+The default is the fully connected GAN of many a Keras notebook (Goodfellow et al. 2014), to rounding the same
+mathematics: first weights, batch norm, Adam, loss. Flags add classes, convolutions, styles and losses.
 """
 # %% [markdown]
 # # Two networks that play against each other
@@ -72,17 +71,15 @@ class LeakyReLUBatchNorm(nn.BatchNorm1d):
     fused = False  # whether gan_ops does it, as one operation
 
     def forward(self, x):
-        statistics = self.running_mean, self.running_var
+        affine, options = (self.weight, self.bias), (self.training, self.momentum, self.eps)
+        mean, var = self.running_mean, self.running_var
         if self.fused:
-            return torch.ops.gan_ops.leaky_relu_batch_norm(
-                x, self.weight, self.bias, *statistics, self.training, self.momentum, self.eps, 0.2, True)
-        x = F.leaky_relu(x, 0.2)
-        if self.training:
-            with torch.no_grad():
-                for kept, new in zip(statistics, reversed(torch.var_mean(x.float(), 0, correction=0))):
-                    kept.lerp_(new, self.momentum)
-            statistics = None, None
-        return F.batch_norm(x, *statistics, self.weight, self.bias, self.training, self.momentum, self.eps)
+            return torch.ops.gan_ops.leaky_relu_batch_norm(x, *affine, mean, var, *options, 0.2, True)
+        share = 1 - 1 / len(x) if self.training else 1  # of PyTorch's variance that is the batch's own
+        theirs = var / share
+        x = F.batch_norm(F.leaky_relu(x, 0.2), mean, theirs, *affine, *options)
+        if self.training: var.copy_(theirs * share)
+        return x
 
 # %% [markdown]
 # ## The two players
@@ -110,122 +107,98 @@ class LeakyReLUBatchNorm(nn.BatchNorm1d):
 # for cannot forget bags.
 
 # %%
-KERAS_NORM = dict(momentum=0.2, eps=1e-3)
-
-class Styled(nn.Module):
+class Styled(nn.Conv2d):
     """A 3x3 convolution of N,C,H,W whose inputs a style (N,128) scales and whose outputs are brought back to
-    deviation 1 (Karras et al. 2020); noise, bias and LeakyReLU follow."""
-    def __init__(self, c_in, c_out, scale):
-        super().__init__()
-        self.style, self.conv = nn.Linear(128, c_in), nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
-        self.noise, self.bias = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(c_out, 1, 1))
-        self.scale = scale
+    deviation 1 (Karras et al. 2020); bias, noise and LeakyReLU follow. `grey` is its part in the picture."""
+    def __init__(self, c_in, c_out):
+        super().__init__(c_in, c_out, 3, padding=1)
+        self.style, self.grey = nn.Linear(128, c_in), nn.Conv2d(c_out, 1, 1)
+        self.noise = nn.Parameter(torch.zeros(1))
 
     def forward(self, x, style):
         strength = 1 + self.style(style)  # N,c_in
-        x = F.interpolate(x, scale_factor=self.scale, mode="bilinear") * strength[:, :, None, None]
-        deviation = (strength.square() @ self.conv.weight.square().sum((2, 3)).T + 1e-8).sqrt()  # N,c_out
-        x = self.conv(x) / deviation[:, :, None, None] + self.bias
+        deviation = (strength.square() @ self.weight.square().sum((2, 3)).T + 1e-8).sqrt()  # N,c_out
+        x = F.conv2d(x * strength[..., None, None], self.weight, padding=1) / deviation[..., None, None]
         if self.training: x = x + self.noise * torch.randn_like(x[:, :1])
-        return F.leaky_relu(x, 0.2) * 2**0.5
+        return F.leaky_relu(x + self.bias[:, None, None], 0.2) * 2**0.5
 
 class StyleGenerator(nn.Module):
-    """Noise N,100, after a one-hot label where there are `classes`, to pictures (N,1,28,28) in [-1, 1]."""
-    def __init__(self, width, classes):
+    """N,c_in to pictures (N,1,28,28): styled convolutions of a learnt start, each of which adds its grey."""
+    def __init__(self, c_in, w):
         super().__init__()
-        channels = [4 * width, 4 * width, 2 * width, width]
         self.map = nn.Sequential(
-            nn.Linear(classes + Z, 128), nn.LeakyReLU(0.2), nn.Linear(128, 128), nn.LeakyReLU(0.2))
-        self.start = nn.Parameter(torch.randn(1, channels[0], 7, 7))
-        self.blocks = nn.ModuleList(Styled(a, b, s) for a, b, s in zip(channels, channels[1:], (1, 2, 2)))
-        self.greys = nn.ModuleList(nn.Conv2d(c, 1, 1) for c in channels[1:])
+            nn.Linear(c_in, 128), nn.LeakyReLU(0.2), nn.Linear(128, 128), nn.LeakyReLU(0.2))
+        self.start = nn.Parameter(torch.randn(1, 4 * w, 7, 7))
+        self.blocks = nn.ModuleList([Styled(4 * w, 4 * w), Styled(4 * w, 2 * w), Styled(2 * w, w)])
 
     def forward(self, z):
-        style, x, picture = self.map(z), self.start.expand(z.shape[0], -1, -1, -1), self.start[:, :1] * 0
-        for block, grey in zip(self.blocks, self.greys):
-            x = block(x, style)  # N,64,7,7; N,32,14,14; N,16,28,28
-            picture = F.interpolate(picture, x.shape[2:], mode="bilinear") + grey(x)
-        return torch.tanh(picture)
+        style, x, picture = self.map(z), self.start.expand(z.shape[0], -1, -1, -1), 0
+        for size, block in zip((7, 14, 28), self.blocks):  # N,64,7,7; N,32,14,14; N,16,28,28
+            x = block(F.interpolate(x, (size, size), mode="bilinear"), style)
+            picture = picture + F.interpolate(block.grey(x), (28, 28), mode="bilinear")
+        return picture.tanh()
 
-class Generator(nn.Module):
+class Generator(nn.Sequential):
     """Noise N,100, after a one-hot label where there are `classes`, to pictures (N,1,28,28) in [-1, 1]."""
     def __init__(self, width=256, classes=0, arch="dense"):
-        super().__init__()
+        c_in, w, keras = classes + Z, width, dict(momentum=0.2, eps=1e-3)
         if arch == "dense":
-            layers, sizes = [], [classes + Z, width, 2 * width, 4 * width]
-            for c_in, c_out in zip(sizes, sizes[1:]):
-                layers += nn.Linear(c_in, c_out), LeakyReLUBatchNorm(c_out, **KERAS_NORM)
-            layers += nn.Linear(4 * width, 784), nn.Tanh(), nn.Unflatten(1, (1, 28, 28))
+            norm = functools.partial(LeakyReLUBatchNorm, **keras)
+            layers = [nn.Linear(c_in, w), norm(w), nn.Linear(w, 2 * w), norm(2 * w), nn.Linear(2 * w, 4 * w),
+                      norm(4 * w), nn.Linear(4 * w, 784), nn.Tanh(), nn.Unflatten(1, (1, 28, 28))]
         elif arch == "dcgan":
             up = functools.partial(nn.ConvTranspose2d, kernel_size=4, stride=2, padding=1, bias=False)
-            norm = functools.partial(BatchNormLeakyReLU, slope=0.2, **KERAS_NORM)
-            layers = [nn.Linear(classes + Z, 4 * width * 49), nn.Unflatten(1, (4 * width, 7, 7)),
-                      norm(4 * width), up(4 * width, 2 * width), norm(2 * width),  # N,32,14,14
-                      up(2 * width, width), norm(width), nn.Conv2d(width, 1, 3, padding=1), nn.Tanh()]
+            norm = functools.partial(BatchNormLeakyReLU, slope=0.2, **keras)
+            layers = [nn.Linear(c_in, 4 * w * 49), nn.Unflatten(1, (4 * w, 7, 7)), norm(4 * w),  # N,64,7,7
+                      up(4 * w, 2 * w), norm(2 * w), up(2 * w, w), norm(w),  # N,32,14,14; N,16,28,28
+                      nn.Conv2d(w, 1, 3, padding=1), nn.Tanh()]
         else:
-            layers = [StyleGenerator(width, classes)]
+            layers = [StyleGenerator(c_in, w)]
+        super().__init__()
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, z):
-        return self.layers(z)
-
 class Discriminator(nn.Module):
-    """Pictures (N,1,28,28) to probabilities of being real (N,1), or else their logits.
-
-    Where there are `classes`, labels (N, or one-hot N,classes) add the features' product with the class's
-    vector; without labels it is the mean over all classes.
-    """
+    """Pictures (N,1,28,28) to probabilities of being real (N,1), or to logits, to which one-hot labels
+    (N,classes), where there are any, add the features' product with the class's vector."""
     def __init__(self, width=256, classes=0, arch="dense"):
         super().__init__()
-        leaky, layers = functools.partial(nn.LeakyReLU, 0.2), []
+        w, leaky = width, functools.partial(nn.LeakyReLU, 0.2)
         if arch == "dense":
-            features = width
-            layers += nn.Flatten(), nn.Linear(784, 2 * width), leaky(), nn.Linear(2 * width, width), leaky()
+            layers = [nn.Flatten(), nn.Linear(784, 2 * w), leaky(), nn.Linear(2 * w, w), leaky()]
         else:
-            features, channels = 16 * width, [1, width, 2 * width, 4 * width]
-            for c_in, c_out, kernel in zip(channels, channels[1:], (4, 4, 3)):
-                layers += nn.Conv2d(c_in, c_out, kernel, 2, 1), leaky()  # N,16,14,14; N,32,7,7; N,64,4,4
-            layers += nn.Flatten(), nn.Linear(64 * width, features), leaky()
+            layers = [nn.Conv2d(1, w, 4, 2, 1), leaky(), nn.Conv2d(w, 2 * w, 4, 2, 1), leaky(),  # N,32,7,7
+                      nn.Conv2d(2 * w, 4 * w, 3, 2, 1), leaky(), nn.Flatten(),  # of N,64,4,4
+                      nn.Linear(64 * w, 16 * w), leaky()]
+        features = layers[-2].out_features
         self.layers, self.logit = nn.Sequential(*layers), nn.Linear(features, 1)
         self.of_class = nn.Linear(classes, features, bias=False) if classes else None
 
     def forward(self, x, labels=None, logits=False):
         features = self.layers(x)  # N,256
         logit = self.logit(features)
-        if self.of_class:
-            classes = self.of_class.in_features
-            if labels is None: labels = torch.full((len(x), classes), 1 / classes, device=x.device)
-            if labels.ndim == 1: labels = F.one_hot(labels, classes)
-            logit = logit + (features * self.of_class(labels.to(features.dtype))).sum(1, keepdim=True)
+        if labels is not None: logit = logit + (features * self.of_class(labels)).sum(1, keepdim=True)
         return logit if logits else logit.sigmoid()  # N,1
 
 def make_networks(args):
     """(generator, discriminator) with Keras's initial weights: Glorot-uniform, biases 0."""
     classes = len(args.names) if args.conditional else 0
-    nets = Generator(args.width, classes, args.recipe), Discriminator(args.width, classes, args.recipe)
-    for module in itertools.chain(*(net.modules() for net in nets)):
-        if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None: nn.init.zeros_(module.bias)
+    nets = [kind(args.width, classes, args.recipe) for kind in (Generator, Discriminator)]
+    for name, weight in itertools.chain(*(net.named_parameters() for net in nets)):
+        if name.endswith("bias"): nn.init.zeros_(weight)
+        elif name.endswith("weight") and weight.ndim > 1: nn.init.xavier_uniform_(weight)
     return nets
 
 class Optimiser(torch.optim.Adam):
     """Keras's Adam: eps 1e-7 is added before the bias correction, which goes into the learning rate."""
-    OFFSET = 100_000  # from which on steps are counted, as PyTorch's own correction is 1 there
-
-    def __init__(self, parameters, lr, **options):
-        super().__init__(parameters, lr, eps=1e-7, **options)
-        for p in self.param_groups[0]["params"]:
-            count = torch.tensor(float(self.OFFSET), device=p.device if options["fused"] else "cpu")
-            self.state[p] = dict(step=count, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-
-    @torch.no_grad()
     def step(self, closure=None):
         group = self.param_groups[0]
-        (beta1, beta2), rate = group["betas"], group["lr"]
-        count = self.state[group["params"][0]]["step"] + 1 - self.OFFSET
-        if not group["capturable"]: count = count.item()  # on the CPU, where a plain number is quicker
-        group["lr"] = rate * (1 - beta2**count) ** 0.5 / (1 - beta1**count)
+        rate, (beta1, beta2) = group["lr"], group["betas"]
+        for p in () if self.state else group["params"]:  # counting from 1e5, where PyTorch's correction is 1
+            zeros = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            self.state[p] = dict(zeros, step=torch.tensor(1e5, device=p.device))
+        step = self.state[group["params"][0]]["step"] - 99_999
+        if not group["capturable"]: step = step.item()  # where no graph needs a tensor, in float64
+        group.update(eps=1e-7, lr=rate * (1 - beta2**step) ** 0.5 / (1 - beta1**step))
         super().step(closure)
         group["lr"] = rate
 
@@ -258,55 +231,49 @@ def clipped_bce(logit, real):
     p = logit.sigmoid().clamp(1e-7, 1 - 1e-7)
     return -(p if real else 1 - p).log().mean()
 
-LOSSES = {  # of a discriminator that says `logit` of pictures that are `real` or not; of the generator
-    "bce": (clipped_bce, lambda logit: clipped_bce(logit, True)),
-    "hinge": (lambda logit, real: F.relu(1 - logit if real else 1 + logit).mean(),
-              lambda logit: -logit.mean()),
-    "lsgan": (lambda logit, real: (logit - int(real)).square().mean(),
-              lambda logit: (logit - 1).square().mean()),
-    "wgan-gp": (lambda logit, real: (-logit if real else logit).mean(), lambda logit: -logit.mean())}
-
-def slope(judge, x):
-    """Norms (N) of the gradient of what the discriminator says of pictures N,C,H,W with respect to them."""
-    x = x.detach().requires_grad_()
-    return torch.autograd.grad(judge(x).sum(), x, create_graph=True)[0].flatten(1).norm(dim=1)
+LOSSES = {  # of logits (N,1) that are to say that pictures are `real`, or that they are not
+    "bce": clipped_bce,
+    "hinge": lambda logit, real: F.relu(1 - logit if real else 1 + logit).mean(),
+    "lsgan": lambda logit, real: (logit - int(real)).square().mean(),
+    "wgan-gp": lambda logit, real: (-logit if real else logit).mean()}
 
 def train_step(nets, args, real, z, *labels):
-    """A step of both networks on real (N,1,28,28), z (N,100) and, with --conditional, one-hot labels (N,10).
+    """A step of both networks on real (N,1,28,28), z (N,100) and, if --conditional, one-hot labels (N,10).
 
-    As in the Keras loop, the discriminator's made pictures come from the generator in inference mode, and the
-    generator learns in training mode from noise of its own. With bce the discriminator takes a step on real
-    pictures and then one on made ones; with the other losses one on both. Returns the losses, and its logits.
-    """
-    d_loss, g_loss = LOSSES[args.loss]
-
+    As in the Keras loop, the discriminator learns from what the generator makes in inference mode: with bce
+    in a step after one on real pictures, else in one step on both. The generator learns in training mode from
+    noise of its own. Returns the losses and the discriminator's logits."""
     def judge(x):
         with nets.autocast():
             return nets.D(x, *labels, logits=True).float()
 
+    def slope(x):  # the length of the gradient of each picture's logit, N
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(judge(x).sum(), x, create_graph=True)[0].flatten(1).norm(dim=1)
+
+    loss_of = LOSSES[args.loss]
     nets.D.requires_grad_(True)
     nets.G.eval()
     with torch.no_grad(), nets.autocast():
-        fake = nets.G(torch.cat([*labels, z], 1))
+        fake = nets.G(torch.cat([*labels, z], 1)).float()
     nets.G.train()
-    losses, logits = [], []
-    for x, is_real in ((real, True), (fake, False)):
-        logits.append(judge(x))
-        losses.append(d_loss(logits[-1], is_real))
-        if is_real and args.gamma: losses[0] += args.gamma / 2 * slope(judge, real).square().mean()
-        if args.loss == "bce": optimise(nets, losses[-1], nets.opt_d)
-    loss_d = sum(losses) / 2
+    real_logit = judge(real)
+    of_real = loss_of(real_logit, True)
+    if args.gamma: of_real = of_real + args.gamma / 2 * slope(real).square().mean()
+    if args.loss == "bce": optimise(nets, of_real, nets.opt_d)
+    fake_logit = judge(fake)
+    of_fake = loss_of(fake_logit, False)
     if args.loss == "wgan-gp":
-        mix = torch.rand(len(real), 1, 1, 1, device=real.device)
-        between = torch.lerp(real, fake.float(), mix)
-        loss_d = loss_d + 5 * (slope(judge, between) - 1).square().mean()  # half the paper's, as all is
-    if args.loss != "bce": optimise(nets, loss_d, nets.opt_d)
+        between = torch.lerp(real, fake, torch.rand_like(real[:, :1, :1, :1]))
+        of_fake = of_fake + 10 * (slope(between) - 1).square().mean()
+    loss_d = (of_real + of_fake) / 2
+    optimise(nets, of_fake if args.loss == "bce" else loss_d, nets.opt_d)
     nets.D.requires_grad_(False)
     with nets.autocast():
         made = nets.G(torch.cat([*labels, torch.randn_like(z)], 1))
-    loss_g = g_loss(judge(made))
+    loss_g = -judge(made).mean() if args.loss == "hinge" else loss_of(judge(made), True)
     optimise(nets, loss_g, nets.opt_g)
-    return loss_d, loss_g, *logits
+    return loss_d, loss_g, real_logit, fake_logit
 
 # %% [markdown]
 # ## The pictures
