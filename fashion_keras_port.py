@@ -107,35 +107,30 @@ class LeakyReLUBatchNorm(nn.BatchNorm1d):
 # for cannot forget bags.
 
 # %%
-class Styled(nn.Conv2d):
-    """A 3x3 convolution of N,C,H,W whose inputs a style (N,128) scales and whose outputs are brought back to
-    deviation 1 (Karras et al. 2020); bias, noise and LeakyReLU follow. `grey` is its part in the picture."""
-    def __init__(self, c_in, c_out):
-        super().__init__(c_in, c_out, 3, padding=1)
-        self.style, self.grey = nn.Linear(128, c_in), nn.Conv2d(c_out, 1, 1)
-        self.noise = nn.Parameter(torch.zeros(1))
-
-    def forward(self, x, style):
-        strength = 1 + self.style(style)  # N,c_in
-        deviation = (strength.square() @ self.weight.square().sum((2, 3)).T + 1e-8).sqrt()  # N,c_out
-        x = F.conv2d(x * strength[..., None, None], self.weight, padding=1) / deviation[..., None, None]
-        if self.training: x = x + self.noise * torch.randn_like(x[:, :1])
-        return F.leaky_relu(x + self.bias[:, None, None], 0.2) * 2**0.5
-
 class StyleGenerator(nn.Module):
-    """N,c_in to pictures (N,1,28,28): styled convolutions of a learnt start, each of which adds its grey."""
+    """N,c_in to pictures (N,1,28,28), by 3x3 convolutions of a learnt start whose inputs a style scales and
+    whose outputs are brought back to deviation 1 (Karras et al. 2020); each adds its grey to the picture."""
     def __init__(self, c_in, w):
         super().__init__()
-        self.map = nn.Sequential(
-            nn.Linear(c_in, 128), nn.LeakyReLU(0.2), nn.Linear(128, 128), nn.LeakyReLU(0.2))
-        self.start = nn.Parameter(torch.randn(1, 4 * w, 7, 7))
-        self.blocks = nn.ModuleList([Styled(4 * w, 4 * w), Styled(4 * w, 2 * w), Styled(2 * w, w)])
+        self.leaky = nn.LeakyReLU(0.2)
+        self.map = nn.Sequential(nn.Linear(c_in, 128), self.leaky, nn.Linear(128, 128), self.leaky)
+        self.start, self.noise = nn.Parameter(torch.randn(1, 4 * w, 7, 7)), nn.Parameter(torch.zeros(3))
+        sizes = (4 * w, 4 * w), (4 * w, 2 * w), (2 * w, w)
+        self.styles = nn.ModuleList(nn.Linear(128, c_in) for c_in, _ in sizes)
+        self.convs = nn.ModuleList(nn.Conv2d(*channels, 3, padding=1) for channels in sizes)
+        self.greys = nn.ModuleList(nn.Conv2d(c_out, 1, 1) for _, c_out in sizes)
 
     def forward(self, z):
-        style, x, picture = self.map(z), self.start.expand(z.shape[0], -1, -1, -1), 0
-        for size, block in zip((7, 14, 28), self.blocks):  # N,64,7,7; N,32,14,14; N,16,28,28
-            x = block(F.interpolate(x, (size, size), mode="bilinear"), style)
-            picture = picture + F.interpolate(block.grey(x), (28, 28), mode="bilinear")
+        latent, x, picture = self.map(z), self.start.expand(z.shape[0], -1, -1, -1), 0
+        layers = zip((7, 14, 28), self.noise, self.styles, self.convs, self.greys)
+        for size, noise, style, conv, grey in layers:
+            scale = 1 + style(latent)  # N,c_in
+            deviation = (scale.square() @ conv.weight.square().sum((2, 3)).T + 1e-8).sqrt()  # N,c_out
+            x = F.interpolate(x, (size, size), mode="bilinear") * scale[..., None, None]
+            x = F.conv2d(x, conv.weight, padding=1) / deviation[..., None, None]
+            if self.training: x = x + noise * torch.randn_like(x[:, :1])
+            x = self.leaky(x + conv.bias[:, None, None]) * 2**0.5  # N,64,7,7; N,32,14,14; N,16,28,28
+            picture = picture + F.interpolate(grey(x), (28, 28), mode="bilinear")
         return picture.tanh()
 
 class Generator(nn.Sequential):
@@ -183,7 +178,7 @@ def make_networks(args):
     """(generator, discriminator) with Keras's initial weights: Glorot-uniform, biases 0."""
     classes = len(args.names) if args.conditional else 0
     nets = [kind(args.width, classes, args.recipe) for kind in (Generator, Discriminator)]
-    for name, weight in itertools.chain(*(net.named_parameters() for net in nets)):
+    for name, weight in nn.ModuleList(nets).named_parameters():
         if name.endswith("bias"): nn.init.zeros_(weight)
         elif name.endswith("weight") and weight.ndim > 1: nn.init.xavier_uniform_(weight)
     return nets

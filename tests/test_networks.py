@@ -223,18 +223,22 @@ def test_a_label_decides_on_pictures_and_on_verdicts(script, flags):
     assert each.std(1).min() > 1e-3  # else the labels would say nothing
 
 
-def test_a_styled_convolution_is_the_papers():
+def test_styled_convolutions_are_the_papers():
     """Weights scaled by the style and brought to length 1, for each picture (Karras et al. 2020)."""
-    layer = randomised(fashion_keras_port.Styled(5, 7)).eval()
-    x, style = torch.randn(3, 5, 6, 6), torch.randn(3, 128)
+    G, z = randomised(fashion_keras_port.StyleGenerator(5, 2)).eval(), torch.randn(3, 5)
     expected = []
-    for picture, strength in zip(x, 1 + layer.style(style)):
-        weight = layer.weight * strength[None, :, None, None]
-        weight = weight / (weight.square().sum((1, 2, 3), keepdim=True) + 1e-8).sqrt()
-        expected.append(F.leaky_relu(F.conv2d(picture[None], weight, layer.bias, padding=1), 0.2) * 2**0.5)
-    torch.testing.assert_close(layer(x, style), torch.cat(expected), rtol=1e-4, atol=1e-4)
-    noisy = layer.train()(x, style)
-    assert (noisy - layer(x, style)).std() > 0.01
+    for latent in G.map(z):
+        x, picture = G.start, 0
+        for layer, style, grey in zip(G.convs, G.styles, G.greys):
+            weight = layer.weight * (1 + style(latent))[None, :, None, None]
+            weight = weight / (weight.square().sum((1, 2, 3), keepdim=True) + 1e-8).sqrt()
+            if layer is not G.convs[0]: x = F.interpolate(x, scale_factor=2, mode="bilinear")
+            x = F.leaky_relu(F.conv2d(x, weight, layer.bias, padding=1), 0.2) * 2**0.5
+            picture = picture + F.interpolate(grey(x), size=28, mode="bilinear")
+        expected.append(picture.tanh())
+    torch.testing.assert_close(G(z), torch.cat(expected), rtol=1e-4, atol=1e-4)
+    assert G(z).std() > 0.03 and G(z).abs().max() < 0.99  # where tanh tells values apart
+    assert (G.train()(z) - G.eval()(z)).std() > 0.01
 
 
 @pytest.mark.parametrize("training", [True, False])
