@@ -4,13 +4,11 @@
     python cspup128.py --data celeba --epochs 20                   # CelebA, on a GPU
     python cspup128.py --generate 64 --checkpoint runs/cspup128/models.pth --save faces.png
 
-The generator is a known course scheme: blocks that send the halves of their channels down two branches, as
-CSPNet does (Wang et al. 2020), and double the picture. The discriminator is DCGAN's (Radford et al. 2016)
-without batch norm; both play the relativistic game under gradient penalties (Huang et al. 2024, R3GAN).
+The generator's blocks send the halves of their channels down two branches (CSPNet, Wang et al. 2020). The
+discriminator is DCGAN's without batch norm; the game is R3GAN's, relativistic (Huang et al. 2024).
 """
 # %% Imports
-import argparse, copy, functools, glob, itertools, json, math, os, random, signal, sys, threading, time
-import zipfile, zlib
+import argparse, copy, functools, glob, json, math, os, random, signal, sys, threading, time, zipfile, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,9 +25,8 @@ from tqdm.auto import tqdm
 SCRIPT, Z, PER_ROW, Optimiser = "cspup128", 100, 8, torch.optim.Adam  # noise; pictures in a row of samples
 RECIPES = {  # the one found to converge, and the slides with nothing added; a flag given by hand wins
     "stable": dict(loss="relativistic", gamma=10.0, up="nearest", slope=0.2, lr=4e-4, d_lr=4e-4,
-                   fall=1e9, betas=[0.0, 0.99], ema=0.999, flip=True),
-    "exact": dict(loss="bce", gamma=0.0, up="deconv", slope=0.0, lr=2e-4, d_lr=2e-4, fall=1e9,
-                  betas=[0.5, 0.999], ema=0.999, flip=True)}
+                   betas=[0.0, 0.99]),
+    "exact": dict(loss="bce", gamma=0.0, up="deconv", slope=0.0, lr=2e-4, d_lr=2e-4, betas=[0.5, 0.999])}
 
 # --- shared: fused ---
 try:  # the extension of this repository: optional, and a build for another torch can fail in any way
@@ -53,24 +50,18 @@ class BatchNormLeakyReLU(nn.BatchNorm2d):
 
 # %% Networks
 class SplitAdd(BatchNormLeakyReLU):
-    """The seam: leaky_relu(batch_norm(left + right)), cut into `parts` along the channels: 2 halves, or 1."""
-    def __init__(self, channels, slope, parts=2):
-        super().__init__(channels, slope)
-        self.parts = parts
-
+    """The seam: leaky_relu(batch_norm(left + right)), cut into halves along the channels."""
     def forward(self, left, right):
-        if not self.fused: return super().forward(left + right).chunk(self.parts, dim=1)
+        if not self.fused: return super().forward(left + right).chunk(2, dim=1)
         statistics = self.running_mean, self.running_var, self.training, self.momentum, self.eps
         return torch.ops.gan_ops.split_add_batch_norm_leaky_relu(
-            left, right, self.weight, self.bias, *statistics, self.slope, self.parts == 2)
+            left, right, self.weight, self.bias, *statistics, self.slope, True)
 
 class CSPup(nn.Module):
     """Halves (N,c_in/2,H,W) down two branches to N,c_out,2H,2W (`first`: 1x1 to 4x4), added and cut again.
-
     Where it interpolates, c_out is c_in / 2 and all of the left branch is bilinear. Were the 3x3 convolutions
-    not padded, as in the version that circulates, the branches would not fit.
-    """
-    def __init__(self, c_in, c_out, slope=0.2, norm=True, up="nearest", first=False, parts=2):
+    not padded, as in the version that circulates, the branches would not fit."""
+    def __init__(self, c_in, c_out, slope=0.2, norm=True, up="nearest", first=False):
         super().__init__()
         half, shape = c_in // 2, (1, 0) if first else (2, 1)  # stride and padding
         self.left, right = (nn.ConvTranspose2d(half, c_out, 4, *shape, bias=False) for _ in range(2))
@@ -80,7 +71,7 @@ class CSPup(nn.Module):
         self.right = nn.Sequential(
             nn.Conv2d(half, half, 1), active[0], right,
             nn.Conv2d(c_out, c_out, 3, padding=1), active[1], nn.Conv2d(c_out, c_out, 3, padding=1))
-        self.seam = SplitAdd(c_out, slope, parts) if norm else lambda a, b: (a + b).chunk(parts, dim=1)
+        self.seam = SplitAdd(c_out, slope) if norm else lambda a, b: (a + b).chunk(2, dim=1)
 
     def forward(self, a, b):
         return self.seam(self.left(a), self.right(b))
@@ -90,8 +81,7 @@ class Generator(nn.Module):
     def __init__(self, width=64, slope=0.2, norm=True, up="nearest"):
         super().__init__()
         channels = [Z, *(width << i for i in (4, 3, 2, 1, 0))]
-        self.blocks = nn.ModuleList(
-            CSPup(channels[i], channels[i + 1], slope, norm, up, i == 0, 2 if i < 4 else 1) for i in range(5))
+        self.blocks = nn.ModuleList(CSPup(*channels[i : i + 2], slope, norm, up, i == 0) for i in range(5))
         self.picture = nn.ConvTranspose2d(width, 3, 4, 2, 1) if up == "deconv" else nn.Sequential(
             nn.Upsample(scale_factor=2, mode=up), nn.Conv2d(width, width, 3, padding=1),  # for what is finer
             BatchNormLeakyReLU(width, slope), nn.Conv2d(width, 3, 3, padding=1))          # than 64x64
@@ -99,7 +89,7 @@ class Generator(nn.Module):
     def forward(self, z):
         x = z[:, :, None, None].chunk(2, dim=1)  # 2 of N,50,1,1
         for block in self.blocks: x = block(*x)  # 2 of N,512,4,4; N,256,8,8; N,128,16,16; N,64,32,32
-        return torch.tanh(self.picture(*x))  # N,64,64,64 to N,3,128,128
+        return torch.tanh(self.picture(torch.cat(x, dim=1)))  # N,64,64,64 to N,3,128,128
 
 class Discriminator(nn.Sequential):
     """Pictures (N,3,128,128) to logits (N); each layer doubles the channels, the fourth, if `wide`, twice."""
@@ -121,66 +111,47 @@ def make_networks(args):
 
 # %% Losses and one training step
 LOSSES = {  # name: (the discriminator's, the generator's), each from the logits of real and of fake
-    "relativistic": (lambda real, fake: F.softplus(fake - real).mean(),
-                     lambda real, fake: F.softplus(real - fake).mean()),
-    "bce": (lambda real, fake: (F.softplus(-real) + F.softplus(fake)).mean(),
-            lambda real, fake: F.softplus(-fake).mean()),
-    "hinge": (lambda real, fake: (F.relu(1 - real) + F.relu(1 + fake)).mean(),
-              lambda real, fake: -fake.mean())}
+    "relativistic": (lambda real, fake: F.softplus(fake - real), lambda real, fake: F.softplus(real - fake)),
+    "bce": (lambda real, fake: F.softplus(-real) + F.softplus(fake), lambda real, fake: F.softplus(-fake)),
+    "hinge": (lambda real, fake: F.relu(1 - real) + F.relu(1 + fake), lambda real, fake: -fake)}
 
 def train_step(nets, args, real, z):
-    """A step of the discriminator and --d-every of the generator on real (N,3,128,128) and z (N,100).
-
-    The discriminator's loss has besides gamma / 2 times R1, the mean squared slope of the logits of real
-    pictures with respect to these (Mescheder et al. 2018), and R2, that of fake ones. It never waits for the
-    GPU. Returns losses and logits.
-    """
+    """A step of the discriminator and --d-every of the generator on real (N,3,128,128) and z (N,100); returns
+    losses and logits. The discriminator's loss has besides gamma / 2 times R1, the mean squared slope of the
+    logits of real pictures with respect to these (Mescheder et al. 2018), and R2, that of fake ones."""
     loss_of_d, loss_of_g = LOSSES[args.loss]
     nets.D.requires_grad_(True)
-    with nets.autocast():
-        fake = nets.G(z)
+    with nets.autocast(): fake = nets.G(z)
     both = torch.cat([real, fake.detach().to(real.dtype)]).requires_grad_(args.gamma > 0)
     narrow = args.gamma > 0 and nets.scaler.is_enabled()  # gradients of gradients do not fit fp16
-    with torch.autocast(real.device.type, enabled=False) if narrow else nets.autocast():
-        logit = nets.D(both).float()  # 2N
-    real_logit, fake_logit = logit.chunk(2)
-    loss_d, penalty = loss_of_d(real_logit, fake_logit), 0
+    with torch.autocast(real.device.type, enabled=False) if narrow else nets.autocast(): logit = nets.D(both)
+    real_logit, fake_logit = logit.float().chunk(2)
+    loss_d, penalty = loss_of_d(real_logit, fake_logit).mean(), 0
     if args.gamma:
         (slope,) = torch.autograd.grad(logit.sum(), both, create_graph=True)
         penalty = args.gamma * slope.square().sum((1, 2, 3)).mean()  # of both: half of R1 + R2
     optimise(nets, loss_d + penalty, nets.opt_d)
     nets.D.requires_grad_(False)
     for turn in range(args.d_every):
-        with nets.autocast():
-            if turn: fake = nets.G(torch.randn_like(z))
-            fake_logit = nets.D(fake).float()
-        loss_g = loss_of_g(real_logit.detach(), fake_logit)
+        with nets.autocast(): fake_logit = nets.D(nets.G(torch.randn_like(z)) if turn else fake).float()
+        loss_g = loss_of_g(real_logit.detach(), fake_logit).mean()
         optimise(nets, loss_g, nets.opt_g)
     return loss_d, loss_g, real_logit, fake_logit
 
 # %% Data
 DRAWN = [f"{i}.png" for i in range(4096)]  # the pictures of --data synthetic
+settle = lambda args, pack, names: []  # the flags leave nothing open until the pictures are known: no labels
 
 def draw_picture(index):
     """Face number `index` of --data synthetic: always the same one."""
     rng = random.Random(index)
-    image = Image.new("RGB", (256, 256), f"#{rng.randrange(1 << 24):06x}")
-    skin, hair = rng.choice(["#ffdbba", "#e8b890", "#b07e5c"]), rng.choice(["#191412", "#7a522d", "#c4a060"])
-    x, y, eyes = rng.uniform(118, 138), rng.uniform(108, 128), ((11, 7, "white"), (5, 6, "black"))
-    ovals = [(0, 150, 110, 74, "#405080"), (0, 6, 72, rng.choice([82, 112]), hair), (0, 16, 56, 74, skin),
-             (0, 56, rng.uniform(14, 26), rng.uniform(4, 9), "#af3c46"),
-             *((side, -2, *eye) for side in (-24, 24) for eye in eyes)]
-    for right, down, width, height, colour in ovals:  # half axes, from the middle of the face
-        box = x + right - width, y + down - height, x + right + width, y + down + height
-        ImageDraw.Draw(image).ellipse(box, colour)
+    back, shirt, hair, skin = *(f"#{rng.randrange(1 << 24):06x}" for _ in range(3)), rng.choice(["bisque", "peru"])
+    image, x, y = Image.new("RGB", (256, 256), back), rng.uniform(118, 138), rng.uniform(108, 128)
+    for a, b, w, h, colour in (  # ovals: middle, from that of the face, and half axes
+            (0, 150, 110, 74, shirt), (0, 6, 72, rng.choice([82, 112]), hair), (0, 16, 56, 74, skin),
+            (-24, -2, 11, 7, "black"), (24, -2, 11, 7, "black"), (0, 56, rng.uniform(9, 26), 7, "#af3c46")):
+        ImageDraw.Draw(image).ellipse((x + a - w, y + b - h, x + a + w, y + b + h), colour)
     return image
-
-def settle(args, pack, names):
-    """What the flags left open, now that the pictures are known; returns labels beside them: here none."""
-    if args.gamma < 0: fail("--gamma begins at 0")
-    for name in ("loss", "gamma", "up") if args.recipe == "exact" else ():
-        if getattr(args, name) != RECIPES["exact"][name]: fail(f"--scheme exact leaves no choice of --{name}")
-    return []
 
 def draw_z(args, count):
     """What the generator makes `count` pictures from, the same for each --seed: z, count,100."""
@@ -196,9 +167,8 @@ def find_pictures(data, root):
     """{name: (what changes whenever the file does, function that opens it)} of --data."""
     if data == "synthetic":
         return {name: (SCRIPT, functools.partial(draw_picture, i)) for i, name in enumerate(DRAWN)}
-    if data in ("mnist", "fashion"):
-        kind = torchvision.datasets.MNIST if data == "mnist" else torchvision.datasets.FashionMNIST
-        found = kind(root, download=True)  # where it is not there yet
+    if kind := dict(mnist="MNIST", fashion="FashionMNIST").get(data):
+        found = getattr(torchvision.datasets, kind)(root, download=True)  # where it is not there yet
         folders = [name.split(" - ")[0].replace("/", " or ") for name in found.classes]
         return {f"{folders[k]}/{i}.png": (data, image.copy) for i, (image, k) in enumerate(found)}
     path = Path(data).expanduser()
@@ -215,6 +185,7 @@ def find_pictures(data, root):
 
 def square(image, size, channels):
     """A PIL picture as uint8 size,size,channels: its middle; if parts are transparent, all of it on white."""
+    assert image.format != "TIFF" or image.n_frames == 1, f"it has {image.n_frames} pages"
     image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at a fraction of its size
     image, mode = ImageOps.exif_transpose(image), "L" if channels == 1 else "RGB"
     if image.mode[0] in "IF":  # grey of 16 bits, of which 12 may be in use, or of numbers up to 1
@@ -223,8 +194,7 @@ def square(image, size, channels):
     if image.has_transparency_data and (image := image.convert("RGBA")).getextrema()[3][0] < 255:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = ImageOps.pad(image, (size, size), Image.BILINEAR, color="white")
-    image = ImageOps.fit(image.convert(mode), (size, size), Image.BILINEAR)
-    return np.asarray(image).reshape(size, size, channels)
+    return np.asarray(ImageOps.fit(image.convert(mode), (size, size), Image.BILINEAR)).reshape(size, size, -1)
 
 def load_pack(args):
     """The pictures of --data, uint8 N,size,size,channels, memory-mapped, and their names; decoded once."""
@@ -240,47 +210,44 @@ def load_pack(args):
     names = [n for n in names if not args.classes or set(n.split("/")[:-1]) & set(args.classes)]
     key = zlib.crc32(repr([args.channels, [(n, found[n][0]) for n in names]]).encode())
     path = Path(args.root, ".packed", f"{Path(args.data).resolve().stem}-{args.size}-{key:08x}.npy")
-    report, left_out = path.with_suffix(".json"), {}
+    report, left_out, shape = path.with_suffix(".json"), {}, (len(names), args.size, args.size, args.channels)
 
     def decode(name):
         try:
-            image = found[name][1]()
-            assert image.format != "TIFF" or image.n_frames == 1, f"it has {image.n_frames} pages"
-            return square(image, args.size, args.channels).tobytes()
+            return square(found[name][1](), args.size, args.channels).tobytes()
         except Exception as error:  # no picture, or a broken one, which can raise anything
             left_out[name] = str(error)
-            return b""
 
     def pack(part):
         with open(part, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as threads:
-            file.seek(128)  # behind the header of an .npy file, which is written at the end
-            file.writelines(tqdm(threads.map(decode, names), "packing", len(names), unit="img"))
-            shape = len(names) - len(left_out), args.size, args.size, args.channels
-            file.seek(0)
             np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=shape))
+            end = file.tell() + math.prod(shape)  # empty rows stand there for pictures left out
+            file.writelines(filter(None, tqdm(threads.map(decode, names), "packing", len(names), unit="img")))
+            file.truncate(end)
         write(report, lambda part: part.write_text(json.dumps(left_out, indent=1)))
     if not path.exists(): write(path, pack)
     if left_out := json.loads(report.read_text()):
         print(f"left out, see {report}: {dict(Counter(Path(n).suffix.lower() for n in left_out))}")
-    return np.load(path, mmap_mode="c"), [n for n in names if n not in left_out]
+    names = [n for n in names if n not in left_out]
+    return np.load(path, mmap_mode="c")[: len(names)], names
 
 def batches(arrays, args, device, step):
     """Yield batches after `step` on the device, rows of each array, in an order that follows from --seed."""
     arrays, steps = [torch.from_numpy(array) for array in arrays], len(arrays[0]) // args.batch_size
     if device.type == "cuda" and arrays[0].nbytes < torch.cuda.mem_get_info()[0] / 2:
         arrays = [array.to(device) for array in arrays]
-    for epoch in itertools.count(step // steps):
-        order = torch.from_numpy(np.random.default_rng([args.seed, epoch]).permutation(len(arrays[0])))
-        rows = order.to(arrays[0].device).split(args.batch_size)[step % steps : steps]
+    while True:
+        order = np.random.default_rng([args.seed, step // steps]).permutation(len(arrays[0]))
+        rows = torch.from_numpy(order).to(arrays[0].device).split(args.batch_size)[step % steps : steps]
         yield from ([array[numbers].to(device) for array in arrays] for numbers in rows)
-        step = 0
+        step += len(rows)
 
 # %% Pictures out
-def write(path, make):
-    """Have make(part) make a file beside `path`, flush it and rename it: whole, or not at all."""
+def write(path, make, *what, **options):
+    """Have make(*what, part, **options) make a file beside `path`, flush and rename it: all or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".part-{os.getpid()}-{path.name}")  # two runs may pack the same pictures
-    make(part)
+    make(*what, part, **options)
     with open(part, "rb+") as file: os.fsync(file.fileno())
     os.replace(part, path)
 
@@ -298,10 +265,9 @@ def generate(args, saved):
     images, labels = sample(generator, z), z[:, :-Z].nonzero()[:, 1].numpy()  # of no classes there are none
     pixels = images.permute(0, 2, 3, 1).squeeze(3).numpy()  # N,H,W,3 or, grey, N,H,W
     if path.suffix == ".npz":
-        arrays = dict(images=pixels, labels=labels) if len(labels) else dict(images=pixels)
-        write(path, lambda part: np.savez(part.open("wb"), **arrays))
+        write(path, np.savez, images=pixels, **(dict(labels=labels) if len(labels) else {}))
     elif path.suffix.lower() in Image.registered_extensions():
-        write(path, functools.partial(save_image, images / 255, nrow=math.ceil(args.generate**0.5)))
+        write(path, save_image, images / 255, nrow=math.ceil(args.generate**0.5))
     else:  # a folder for each class, as --data takes them
         folders = [path / args.names[label] for label in labels] or [path] * len(pixels)
         for i, folder in enumerate(folders): write(folder / f"{i:06d}.png", Image.fromarray(pixels[i]).save)
@@ -318,13 +284,10 @@ def pick_device(args):
     device = torch.device(best if args.device == "auto" else args.device)
     cpu = {word for file in glob.glob("/proc/cpuinfo") for word in Path(file).read_text().split()}
     fast = "bf16" if "amx_bf16" in cpu or {"avx512_bf16", "AuthenticAMD"} <= cpu else "fp32"
-    try:
-        if device.type == "cuda":
-            torch.cuda.set_stream(torch.cuda.Stream())  # a graph cannot be captured on the default one
-            fast = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
-        torch.ones(8, device=device).mul(2).tolist()  # a GPU that this torch has no kernels for fails here
-    except Exception as error:
-        fail(f"torch {torch.__version__} cannot use {device}: try --device cpu ({error})")
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())  # a graph cannot be captured on the default one
+        fast = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    torch.ones(8, device=device).mul(2).tolist()  # a GPU that this torch has no kernels for fails here
     return device, fast if args.precision == "auto" else args.precision
 
 def optimise(nets, loss, optimiser):
@@ -337,17 +300,15 @@ def optimise(nets, loss, optimiser):
 def train(args, saved):
     """Train from the start, or from the checkpoint `saved`, into the run folder --out."""
     (device, precision), out, saved_at = pick_device(args), Path(args.out), time.monotonic()
-    if (out / "checkpoint.pt").exists() and not saved:
-        fail(f"{out} holds an earlier run: --resume goes on with it, --out FOLDER begins another")
+    if (out / "checkpoint.pt").exists() and not saved: fail(f"{out} holds a run: --resume, or another --out")
     # Pictures
     pack, names = load_pack(args)
     steps = len(pack) // args.batch_size  # of an epoch
     if steps == 0: fail(f"{len(pack)} pictures are too few for --batch-size {args.batch_size}")
     args.used = dict(pictures=len(pack), set=f"{zlib.crc32(repr(names).encode()):08x}", device=str(device),
                      precision=precision, torch=str(torch.__version__),
-                     gan_ops="does not serve: --no-fused" if args.no_fused else GAN_OPS)
-    if saved and saved["config"]["used"]["set"] != args.used["set"]:  # of their names, whatever the folder
-        fail(f"{out} began with other pictures: take another --out")
+                     gan_ops="does not serve: --no-fused" if args.no_fused else GAN_OPS)  # set: by names
+    if saved and saved["config"]["used"]["set"] != args.used["set"]: fail(f"{out} began with other pictures")
     arrays = [pack, *settle(args, pack, names)]
     last = min(filter(None, (args.steps, (args.epochs or 0) * steps)), default=max(20 * steps, 5000))
     # Networks, average, optimisers
@@ -355,8 +316,7 @@ def train(args, saved):
     torch.backends.cudnn.benchmark = True
     G, D = (net.to(device, memory_format=torch.channels_last) for net in make_networks(args))
     ema = copy.deepcopy(G).eval().requires_grad_(False)
-    for module in itertools.chain(G.modules(), D.modules()):
-        module.fused = device.type in FUSED and not args.no_fused
+    for module in (*G.modules(), *D.modules()): module.fused = device.type in FUSED and not args.no_fused
     adam = dict(betas=args.betas, fused=device.type != "mps", capturable=device.type == "cuda")
     opt_g, opt_d = (Optimiser(net.parameters(), lr, **adam) for net, lr in ((G, args.lr), (D, args.d_lr)))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -366,26 +326,23 @@ def train(args, saved):
     rows, start, began = [], 0, time.monotonic()
     if saved:
         for name, part in parts.items(): part.load_state_dict(saved[name])
-        for opt in opt_g, opt_d: opt.param_groups[0].update(adam)
-        start, began = saved["step"], began - saved["rows"][-1, 2].item()
-        rows = [row for row in saved["rows"].tolist() if row[0] % LOG_EVERY == 0]
+        start, began = saved["step"], began - saved["rows"][-1][2]
+        rows = [row for row in saved["rows"] if row[0] % LOG_EVERY == 0]
 
     def iterate(at, z, real, *labels):  # a step, its metrics and the average
         real = real.permute(0, 3, 1, 2).float() / 127.5 - 1  # N,C,H,W, channels_last
         if args.flip: real = torch.where(torch.rand_like(real[:, :1, :1, :1]) < 0.5, real.flip(3), real)
         for opt, lr in (opt_g, args.lr), (opt_d, args.d_lr):  # tensors, as a CUDA graph keeps a plain number
-            opt.param_groups[0]["lr"] = lr * torch.clamp(args.fall / at, max=1.0).sqrt()
+            opt.param_groups[0].update(adam, lr=lr * torch.clamp(args.fall / at, max=1.0).sqrt())
         loss_d, loss_g, *logits = train_step(nets, args, real, z, *labels)
         weight = 1 - torch.clamp(0.5 ** (10 / at), max=args.ema)  # a half-life of a tenth of the steps so far
         for average, value in zip(ema.state_dict().values(), G.state_dict().values()):
             if value.is_floating_point(): average.lerp_(value, weight)
         return torch.stack([loss_d, loss_g, *(logit.sigmoid().mean() for logit in logits)]).detach()
-    # Run folder
+    # Steps
     print("; ".join(f"{n} {v}" for n, v in args.used.items()) + f"; into {out} from step {start}", flush=True)
     write(out / "config.json", lambda part: part.write_text(json.dumps(vars(args), indent=2)))
-    # Steps
     source, fixed = batches(arrays, args, device, start), draw_z(args, PER_ROW**2)
-    many = draw_z(args, 256).to(device)
     graph, caught, step, own = None, [], start, torch.default_generator if device.type == "cpu" else torch
     for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():  # others get none
         signal.signal(number, lambda number, frame: caught.append(number))
@@ -409,17 +366,15 @@ def train(args, saved):
         ends = stop or step % (steps * math.ceil(SAMPLE_EVERY / steps)) == 0  # of an epoch, or of some
         due = stop or (logs and time.monotonic() - saved_at > 60 * args.save_every)  # the losses are finite
         if args.ema and (ends or due):  # averaged weights have statistics of their own
-            torch.optim.swa_utils.update_bn([many[i::4] for i in range(4)], ema)
+            torch.optim.swa_utils.update_bn(draw_z(args, 256).to(device).view(64, 4, -1).unbind(1), ema)
         if ends:
-            save = functools.partial(save_image, sample(ema, fixed) / 255, nrow=PER_ROW)
-            write(out / "samples" / f"epoch_{epoch:04d}.png", save)
+            write(out / f"samples/epoch_{epoch:04d}.png", save_image, sample(ema, fixed) / 255, nrow=PER_ROW)
         if due:
             states, saved_at = {name: part.state_dict() for name, part in parts.items()}, time.monotonic()
             models = dict(Generator=states["ema"], Discriminator=states["D"], config=vars(args))
-            run = dict(models, **states, step=step, rows=torch.tensor(rows, dtype=torch.float64))
             np.savetxt(out / "metrics.csv", rows, "%.10g", ",", header=",".join(COLUMNS), comments="")
-            write(out / "checkpoint.pt", functools.partial(torch.save, run))
-            write(out / "models.pth", functools.partial(torch.save, models))
+            write(out / "checkpoint.pt", torch.save, dict(models, **states, step=step, rows=rows))
+            write(out / "models.pth", torch.save, models)
         if stop and step < last: break
     if start >= last: print(f"{out} has had its {last} steps: a larger --steps or --epochs goes on")
     if caught:
@@ -441,7 +396,7 @@ def parse(argv):
     add("--d-every", type=int, default=1, help="the generator's steps for each of the discriminator's (1)")
     add("--width", type=int, default=64, help="channels beside the picture, all others in proportion (64)")
     add("--data", default="synthetic", help="celeba, synthetic, mnist, fashion, a folder or .zip (synthetic)")
-    parser.set_defaults(size=128, channels=3)
+    parser.set_defaults(size=128, channels=3, fall=1e9, ema=0.999, flip=True)
     fixed = "recipe", "loss", "gamma", "up", "slope", "d_convs", "d_every", "width", "batch_size"
     # --- shared: command line ---
     add("--root", default="data", help="folder of the named sets and of decoded pictures (data)")
@@ -465,11 +420,8 @@ def parse(argv):
     given, saved, kept = parser.parse_args(argv), None, {}
     path = Path(given.checkpoint or f"{given.out}/checkpoint.pt")
     if given.generate or (given.resume and path.exists()):
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            assert saved["config"]["script"] == SCRIPT, f"it is of {saved['config']['script']}.py"
-        except Exception as error:  # a missing, cut or foreign file fails in many ways
-            fail(f"{path} is no checkpoint of {SCRIPT}.py: {error}")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved.get("config", {}).get("script") != SCRIPT: fail(f"{path} is no checkpoint of {SCRIPT}.py")
         kept = dict(saved["config"], generate=None, out=str(path.parent))
         if given.epochs or given.steps: kept.update(epochs=None, steps=None)  # a new end, no second one
     parser.set_defaults(**dict(RECIPES[given.recipe], script=SCRIPT) | kept)
@@ -486,10 +438,9 @@ def main(argv=None):
     try:
         args, saved = parse([] if argv is None and "kernel_launcher" in sys.argv[0] else argv)
         generate(args, saved) if args.generate else train(args, saved)
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as e:
         if "GAN_DEBUG" in os.environ: raise
-        places = "; --root, --out and --save say where to write" if isinstance(error, OSError) else ""
-        fail(f"{type(error).__name__}: {error}{places} (GAN_DEBUG=1 shows where)")
+        fail(f"{type(e).__name__}: {e} (see --device cpu, --root, --out, --save; GAN_DEBUG=1 shows where)")
     finally:
         for number, handler in handlers.items():  # a notebook goes on
             if signal.getsignal(number) is not handler: signal.signal(number, handler)

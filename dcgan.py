@@ -5,8 +5,7 @@
     python dcgan.py --generate 64 --checkpoint runs/dcgan/models.pth --save made.png
 """
 # %% Imports
-import argparse, copy, functools, glob, itertools, json, math, os, random, signal, sys, threading, time
-import zipfile, zlib
+import argparse, copy, functools, glob, json, math, os, random, signal, sys, threading, time, zipfile, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -82,7 +81,7 @@ def make_networks(args):
     """(generator, discriminator) with DCGAN's weights: N(0, 0.02), of batch norm N(1, 0.02)."""
     G = Generator(args.size, args.channels, args.width)
     D = Discriminator(args.size, args.channels, args.width, spread=args.recipe == "robust")
-    for name, weight in itertools.chain(G.named_parameters(), D.named_parameters()):
+    for name, weight in (*G.named_parameters(), *D.named_parameters()):
         if name.endswith("weight"): nn.init.normal_(weight, mean=float(weight.ndim == 1), std=0.02)
     return G, D
 
@@ -111,8 +110,7 @@ def train_step(nets, args, real, z):
     loss_d = (F.softplus(-real_logit) + F.softplus(fake_logit)).mean()  # -log D(x) - log(1 - D(G(z)))
     optimise(nets, loss_d, nets.opt_d)
     nets.D.requires_grad_(False)
-    with nets.autocast():
-        fake_logit = nets.D(view(fake)).float()
+    with nets.autocast(): fake_logit = nets.D(view(fake)).float()
     loss_g = F.softplus(-fake_logit).mean()  # -log D(G(z))
     optimise(nets, loss_g, nets.opt_g)
     return loss_d, loss_g, real_logit, fake_logit
@@ -150,9 +148,8 @@ def find_pictures(data, root):
     """{name: (what changes whenever the file does, function that opens it)} of --data."""
     if data == "synthetic":
         return {name: (SCRIPT, functools.partial(draw_picture, i)) for i, name in enumerate(DRAWN)}
-    if data in ("mnist", "fashion"):
-        kind = torchvision.datasets.MNIST if data == "mnist" else torchvision.datasets.FashionMNIST
-        found = kind(root, download=True)  # where it is not there yet
+    if kind := dict(mnist="MNIST", fashion="FashionMNIST").get(data):
+        found = getattr(torchvision.datasets, kind)(root, download=True)  # where it is not there yet
         folders = [name.split(" - ")[0].replace("/", " or ") for name in found.classes]
         return {f"{folders[k]}/{i}.png": (data, image.copy) for i, (image, k) in enumerate(found)}
     path = Path(data).expanduser()
@@ -169,6 +166,7 @@ def find_pictures(data, root):
 
 def square(image, size, channels):
     """A PIL picture as uint8 size,size,channels: its middle; if parts are transparent, all of it on white."""
+    assert image.format != "TIFF" or image.n_frames == 1, f"it has {image.n_frames} pages"
     image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at a fraction of its size
     image, mode = ImageOps.exif_transpose(image), "L" if channels == 1 else "RGB"
     if image.mode[0] in "IF":  # grey of 16 bits, of which 12 may be in use, or of numbers up to 1
@@ -177,8 +175,7 @@ def square(image, size, channels):
     if image.has_transparency_data and (image := image.convert("RGBA")).getextrema()[3][0] < 255:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = ImageOps.pad(image, (size, size), Image.BILINEAR, color="white")
-    image = ImageOps.fit(image.convert(mode), (size, size), Image.BILINEAR)
-    return np.asarray(image).reshape(size, size, channels)
+    return np.asarray(ImageOps.fit(image.convert(mode), (size, size), Image.BILINEAR)).reshape(size, size, -1)
 
 def load_pack(args):
     """The pictures of --data, uint8 N,size,size,channels, memory-mapped, and their names; decoded once."""
@@ -194,47 +191,44 @@ def load_pack(args):
     names = [n for n in names if not args.classes or set(n.split("/")[:-1]) & set(args.classes)]
     key = zlib.crc32(repr([args.channels, [(n, found[n][0]) for n in names]]).encode())
     path = Path(args.root, ".packed", f"{Path(args.data).resolve().stem}-{args.size}-{key:08x}.npy")
-    report, left_out = path.with_suffix(".json"), {}
+    report, left_out, shape = path.with_suffix(".json"), {}, (len(names), args.size, args.size, args.channels)
 
     def decode(name):
         try:
-            image = found[name][1]()
-            assert image.format != "TIFF" or image.n_frames == 1, f"it has {image.n_frames} pages"
-            return square(image, args.size, args.channels).tobytes()
+            return square(found[name][1](), args.size, args.channels).tobytes()
         except Exception as error:  # no picture, or a broken one, which can raise anything
             left_out[name] = str(error)
-            return b""
 
     def pack(part):
         with open(part, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as threads:
-            file.seek(128)  # behind the header of an .npy file, which is written at the end
-            file.writelines(tqdm(threads.map(decode, names), "packing", len(names), unit="img"))
-            shape = len(names) - len(left_out), args.size, args.size, args.channels
-            file.seek(0)
             np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=shape))
+            end = file.tell() + math.prod(shape)  # empty rows stand there for pictures left out
+            file.writelines(filter(None, tqdm(threads.map(decode, names), "packing", len(names), unit="img")))
+            file.truncate(end)
         write(report, lambda part: part.write_text(json.dumps(left_out, indent=1)))
     if not path.exists(): write(path, pack)
     if left_out := json.loads(report.read_text()):
         print(f"left out, see {report}: {dict(Counter(Path(n).suffix.lower() for n in left_out))}")
-    return np.load(path, mmap_mode="c"), [n for n in names if n not in left_out]
+    names = [n for n in names if n not in left_out]
+    return np.load(path, mmap_mode="c")[: len(names)], names
 
 def batches(arrays, args, device, step):
     """Yield batches after `step` on the device, rows of each array, in an order that follows from --seed."""
     arrays, steps = [torch.from_numpy(array) for array in arrays], len(arrays[0]) // args.batch_size
     if device.type == "cuda" and arrays[0].nbytes < torch.cuda.mem_get_info()[0] / 2:
         arrays = [array.to(device) for array in arrays]
-    for epoch in itertools.count(step // steps):
-        order = torch.from_numpy(np.random.default_rng([args.seed, epoch]).permutation(len(arrays[0])))
-        rows = order.to(arrays[0].device).split(args.batch_size)[step % steps : steps]
+    while True:
+        order = np.random.default_rng([args.seed, step // steps]).permutation(len(arrays[0]))
+        rows = torch.from_numpy(order).to(arrays[0].device).split(args.batch_size)[step % steps : steps]
         yield from ([array[numbers].to(device) for array in arrays] for numbers in rows)
-        step = 0
+        step += len(rows)
 
 # %% Pictures out
-def write(path, make):
-    """Have make(part) make a file beside `path`, flush it and rename it: whole, or not at all."""
+def write(path, make, *what, **options):
+    """Have make(*what, part, **options) make a file beside `path`, flush and rename it: all or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".part-{os.getpid()}-{path.name}")  # two runs may pack the same pictures
-    make(part)
+    make(*what, part, **options)
     with open(part, "rb+") as file: os.fsync(file.fileno())
     os.replace(part, path)
 
@@ -252,10 +246,9 @@ def generate(args, saved):
     images, labels = sample(generator, z), z[:, :-Z].nonzero()[:, 1].numpy()  # of no classes there are none
     pixels = images.permute(0, 2, 3, 1).squeeze(3).numpy()  # N,H,W,3 or, grey, N,H,W
     if path.suffix == ".npz":
-        arrays = dict(images=pixels, labels=labels) if len(labels) else dict(images=pixels)
-        write(path, lambda part: np.savez(part.open("wb"), **arrays))
+        write(path, np.savez, images=pixels, **(dict(labels=labels) if len(labels) else {}))
     elif path.suffix.lower() in Image.registered_extensions():
-        write(path, functools.partial(save_image, images / 255, nrow=math.ceil(args.generate**0.5)))
+        write(path, save_image, images / 255, nrow=math.ceil(args.generate**0.5))
     else:  # a folder for each class, as --data takes them
         folders = [path / args.names[label] for label in labels] or [path] * len(pixels)
         for i, folder in enumerate(folders): write(folder / f"{i:06d}.png", Image.fromarray(pixels[i]).save)
@@ -272,13 +265,10 @@ def pick_device(args):
     device = torch.device(best if args.device == "auto" else args.device)
     cpu = {word for file in glob.glob("/proc/cpuinfo") for word in Path(file).read_text().split()}
     fast = "bf16" if "amx_bf16" in cpu or {"avx512_bf16", "AuthenticAMD"} <= cpu else "fp32"
-    try:
-        if device.type == "cuda":
-            torch.cuda.set_stream(torch.cuda.Stream())  # a graph cannot be captured on the default one
-            fast = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
-        torch.ones(8, device=device).mul(2).tolist()  # a GPU that this torch has no kernels for fails here
-    except Exception as error:
-        fail(f"torch {torch.__version__} cannot use {device}: try --device cpu ({error})")
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())  # a graph cannot be captured on the default one
+        fast = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    torch.ones(8, device=device).mul(2).tolist()  # a GPU that this torch has no kernels for fails here
     return device, fast if args.precision == "auto" else args.precision
 
 def optimise(nets, loss, optimiser):
@@ -291,17 +281,15 @@ def optimise(nets, loss, optimiser):
 def train(args, saved):
     """Train from the start, or from the checkpoint `saved`, into the run folder --out."""
     (device, precision), out, saved_at = pick_device(args), Path(args.out), time.monotonic()
-    if (out / "checkpoint.pt").exists() and not saved:
-        fail(f"{out} holds an earlier run: --resume goes on with it, --out FOLDER begins another")
+    if (out / "checkpoint.pt").exists() and not saved: fail(f"{out} holds a run: --resume, or another --out")
     # Pictures
     pack, names = load_pack(args)
     steps = len(pack) // args.batch_size  # of an epoch
     if steps == 0: fail(f"{len(pack)} pictures are too few for --batch-size {args.batch_size}")
     args.used = dict(pictures=len(pack), set=f"{zlib.crc32(repr(names).encode()):08x}", device=str(device),
                      precision=precision, torch=str(torch.__version__),
-                     gan_ops="does not serve: --no-fused" if args.no_fused else GAN_OPS)
-    if saved and saved["config"]["used"]["set"] != args.used["set"]:  # of their names, whatever the folder
-        fail(f"{out} began with other pictures: take another --out")
+                     gan_ops="does not serve: --no-fused" if args.no_fused else GAN_OPS)  # set: by names
+    if saved and saved["config"]["used"]["set"] != args.used["set"]: fail(f"{out} began with other pictures")
     arrays = [pack, *settle(args, pack, names)]
     last = min(filter(None, (args.steps, (args.epochs or 0) * steps)), default=max(20 * steps, 5000))
     # Networks, average, optimisers
@@ -309,8 +297,7 @@ def train(args, saved):
     torch.backends.cudnn.benchmark = True
     G, D = (net.to(device, memory_format=torch.channels_last) for net in make_networks(args))
     ema = copy.deepcopy(G).eval().requires_grad_(False)
-    for module in itertools.chain(G.modules(), D.modules()):
-        module.fused = device.type in FUSED and not args.no_fused
+    for module in (*G.modules(), *D.modules()): module.fused = device.type in FUSED and not args.no_fused
     adam = dict(betas=args.betas, fused=device.type != "mps", capturable=device.type == "cuda")
     opt_g, opt_d = (Optimiser(net.parameters(), lr, **adam) for net, lr in ((G, args.lr), (D, args.d_lr)))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -320,26 +307,23 @@ def train(args, saved):
     rows, start, began = [], 0, time.monotonic()
     if saved:
         for name, part in parts.items(): part.load_state_dict(saved[name])
-        for opt in opt_g, opt_d: opt.param_groups[0].update(adam)
-        start, began = saved["step"], began - saved["rows"][-1, 2].item()
-        rows = [row for row in saved["rows"].tolist() if row[0] % LOG_EVERY == 0]
+        start, began = saved["step"], began - saved["rows"][-1][2]
+        rows = [row for row in saved["rows"] if row[0] % LOG_EVERY == 0]
 
     def iterate(at, z, real, *labels):  # a step, its metrics and the average
         real = real.permute(0, 3, 1, 2).float() / 127.5 - 1  # N,C,H,W, channels_last
         if args.flip: real = torch.where(torch.rand_like(real[:, :1, :1, :1]) < 0.5, real.flip(3), real)
         for opt, lr in (opt_g, args.lr), (opt_d, args.d_lr):  # tensors, as a CUDA graph keeps a plain number
-            opt.param_groups[0]["lr"] = lr * torch.clamp(args.fall / at, max=1.0).sqrt()
+            opt.param_groups[0].update(adam, lr=lr * torch.clamp(args.fall / at, max=1.0).sqrt())
         loss_d, loss_g, *logits = train_step(nets, args, real, z, *labels)
         weight = 1 - torch.clamp(0.5 ** (10 / at), max=args.ema)  # a half-life of a tenth of the steps so far
         for average, value in zip(ema.state_dict().values(), G.state_dict().values()):
             if value.is_floating_point(): average.lerp_(value, weight)
         return torch.stack([loss_d, loss_g, *(logit.sigmoid().mean() for logit in logits)]).detach()
-    # Run folder
+    # Steps
     print("; ".join(f"{n} {v}" for n, v in args.used.items()) + f"; into {out} from step {start}", flush=True)
     write(out / "config.json", lambda part: part.write_text(json.dumps(vars(args), indent=2)))
-    # Steps
     source, fixed = batches(arrays, args, device, start), draw_z(args, PER_ROW**2)
-    many = draw_z(args, 256).to(device)
     graph, caught, step, own = None, [], start, torch.default_generator if device.type == "cpu" else torch
     for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():  # others get none
         signal.signal(number, lambda number, frame: caught.append(number))
@@ -363,17 +347,15 @@ def train(args, saved):
         ends = stop or step % (steps * math.ceil(SAMPLE_EVERY / steps)) == 0  # of an epoch, or of some
         due = stop or (logs and time.monotonic() - saved_at > 60 * args.save_every)  # the losses are finite
         if args.ema and (ends or due):  # averaged weights have statistics of their own
-            torch.optim.swa_utils.update_bn([many[i::4] for i in range(4)], ema)
+            torch.optim.swa_utils.update_bn(draw_z(args, 256).to(device).view(64, 4, -1).unbind(1), ema)
         if ends:
-            save = functools.partial(save_image, sample(ema, fixed) / 255, nrow=PER_ROW)
-            write(out / "samples" / f"epoch_{epoch:04d}.png", save)
+            write(out / f"samples/epoch_{epoch:04d}.png", save_image, sample(ema, fixed) / 255, nrow=PER_ROW)
         if due:
             states, saved_at = {name: part.state_dict() for name, part in parts.items()}, time.monotonic()
             models = dict(Generator=states["ema"], Discriminator=states["D"], config=vars(args))
-            run = dict(models, **states, step=step, rows=torch.tensor(rows, dtype=torch.float64))
             np.savetxt(out / "metrics.csv", rows, "%.10g", ",", header=",".join(COLUMNS), comments="")
-            write(out / "checkpoint.pt", functools.partial(torch.save, run))
-            write(out / "models.pth", functools.partial(torch.save, models))
+            write(out / "checkpoint.pt", torch.save, dict(models, **states, step=step, rows=rows))
+            write(out / "models.pth", torch.save, models)
         if stop and step < last: break
     if start >= last: print(f"{out} has had its {last} steps: a larger --steps or --epochs goes on")
     if caught:
@@ -415,11 +397,8 @@ def parse(argv):
     given, saved, kept = parser.parse_args(argv), None, {}
     path = Path(given.checkpoint or f"{given.out}/checkpoint.pt")
     if given.generate or (given.resume and path.exists()):
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            assert saved["config"]["script"] == SCRIPT, f"it is of {saved['config']['script']}.py"
-        except Exception as error:  # a missing, cut or foreign file fails in many ways
-            fail(f"{path} is no checkpoint of {SCRIPT}.py: {error}")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved.get("config", {}).get("script") != SCRIPT: fail(f"{path} is no checkpoint of {SCRIPT}.py")
         kept = dict(saved["config"], generate=None, out=str(path.parent))
         if given.epochs or given.steps: kept.update(epochs=None, steps=None)  # a new end, no second one
     parser.set_defaults(**dict(RECIPES[given.recipe], script=SCRIPT) | kept)
@@ -436,10 +415,9 @@ def main(argv=None):
     try:
         args, saved = parse([] if argv is None and "kernel_launcher" in sys.argv[0] else argv)
         generate(args, saved) if args.generate else train(args, saved)
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as e:
         if "GAN_DEBUG" in os.environ: raise
-        places = "; --root, --out and --save say where to write" if isinstance(error, OSError) else ""
-        fail(f"{type(error).__name__}: {error}{places} (GAN_DEBUG=1 shows where)")
+        fail(f"{type(e).__name__}: {e} (see --device cpu, --root, --out, --save; GAN_DEBUG=1 shows where)")
     finally:
         for number, handler in handlers.items():  # a notebook goes on
             if signal.getsignal(number) is not handler: signal.signal(number, handler)
