@@ -144,8 +144,8 @@ settle = lambda args, pack, names: []  # the flags leave nothing open until the 
 
 def draw_picture(index):
     """Face number `index` of --data synthetic: always the same one."""
-    rng = random.Random(index)
-    back, shirt, hair, skin = *(f"#{rng.randrange(1 << 24):06x}" for _ in range(3)), rng.choice(["bisque", "peru"])
+    rng, skin = random.Random(index), ["bisque", "tan", "peru"][index % 3]
+    back, shirt, hair = (f"#{rng.randrange(1 << 24):06x}" for _ in range(3))
     image, x, y = Image.new("RGB", (256, 256), back), rng.uniform(118, 138), rng.uniform(108, 128)
     for a, b, w, h, colour in (  # ovals: middle, from that of the face, and half axes
             (0, 150, 110, 74, shirt), (0, 6, 72, rng.choice([82, 112]), hair), (0, 16, 56, 74, skin),
