@@ -24,8 +24,7 @@ from tqdm.auto import tqdm
 
 SCRIPT, Z, PER_ROW, Optimiser = "cspup128", 100, 8, torch.optim.Adam  # noise; pictures in a row of samples
 RECIPES = {  # the one found to converge, and the slides with nothing added; a flag given by hand wins
-    "stable": dict(loss="relativistic", gamma=10.0, up="nearest", slope=0.2, lr=4e-4, d_lr=4e-4,
-                   betas=[0.0, 0.99]),
+    "stable": dict(loss="relativistic", gamma=10.0, slope=0.2, lr=4e-4, d_lr=4e-4, betas=[0.0, 0.99]),
     "exact": dict(loss="bce", gamma=0.0, up="deconv", slope=0.0, lr=2e-4, d_lr=2e-4, betas=[0.5, 0.999])}
 
 # --- shared: fused ---
@@ -58,9 +57,8 @@ class SplitAdd(BatchNormLeakyReLU):
             left, right, self.weight, self.bias, *statistics, self.slope, True)
 
 class CSPup(nn.Module):
-    """Halves (N,c_in/2,H,W) down two branches to N,c_out,2H,2W (`first`: 1x1 to 4x4), added and cut again.
-    Where it interpolates, c_out is c_in / 2 and all of the left branch is bilinear. Were the 3x3 convolutions
-    not padded, as in the version that circulates, the branches would not fit."""
+    """Halves (N,c_in/2,H,W) down two branches to N,c_out,2H,2W (`first`: 1x1 to 4x4), added and cut again; if
+    interpolated, c_out is c_in / 2. The version that circulates does not pad, and its branches do not fit."""
     def __init__(self, c_in, c_out, slope=0.2, norm=True, up="nearest", first=False):
         super().__init__()
         half, shape = c_in // 2, (1, 0) if first else (2, 1)  # stride and padding
@@ -102,6 +100,8 @@ class Discriminator(nn.Sequential):
 def make_networks(args):
     """(generator, discriminator); stable: DCGAN's weights and, as no batch norm mends their scale, He's."""
     stable = args.recipe == "stable"
+    if args.gamma < 0 or not stable and (args.loss, args.gamma, args.up) != ("bce", 0, "deconv"):
+        fail("--gamma begins at 0; --scheme exact leaves no choice of --loss, --gamma and --up")
     G, D = Generator(args.width, args.slope, stable, args.up), Discriminator(args.width, args.d_convs, stable)
     for name, weight in G.named_parameters() if stable else ():
         if name.endswith("weight"): nn.init.normal_(weight, mean=float(weight.ndim == 1), std=0.02)
@@ -390,7 +390,7 @@ def parse(argv):
     add("--scheme", dest="recipe", choices=RECIPES, default="stable", help="exact is the slides' (stable)")
     add("--loss", choices=LOSSES, help="(relativistic; exact: bce)")
     add("--gamma", type=float, help="weight of R1 and R2 (10; exact: 0)")
-    add("--up", choices=("nearest", "bilinear", "deconv"), help="(nearest; exact: deconv)")
+    add("--up", choices=("nearest", "bilinear", "deconv"), default="nearest", help="(nearest; exact: deconv)")
     add("--slope", type=float, help="of the generator's LeakyReLU (0.2; exact: 0)")
     add("--d-convs", type=int, choices=(4, 5), default=5, help="the discriminator's strided convolutions (5)")
     add("--d-every", type=int, default=1, help="the generator's steps for each of the discriminator's (1)")

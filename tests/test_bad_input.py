@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import TINY, flags, load
 
+import cspup128
 import dcgan
 
 # Flags
@@ -22,6 +23,13 @@ def test_a_flag_that_cannot_be(script, flag, root, tmp_path, fails):
     assert flag.split()[0].strip("-").removesuffix("s") in line.replace("learning rate", "lr").replace("_",
                                                                                                        "-")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("argv", ["--gamma -1", "--scheme exact --gamma -1", "--scheme exact --gamma 3",
+                                  "--scheme exact --loss hinge", "--scheme exact --up nearest"])
+def test_a_game_that_cannot_be(argv, root, tmp_path, fails):
+    line = fails(cspup128, *flags(cspup128, root, tmp_path / "run"), *argv.split())
+    assert argv.split()[-2] in line and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("seed", [-1, 20240101123456, 2**63, 10**30])

@@ -260,8 +260,8 @@ def test_a_signal_saves_and_says_how_to_go_on(script, number, root, tmp_path):
     assert f"python {script.SCRIPT}.py --resume --out {out}" in text and "Traceback" not in text
     step = load(out / "checkpoint.pt")["step"]
     assert step >= 10 and rows_of(out)[-1]["step"] == step
-    script.main(["--resume", "--out", str(out), "--steps", str(step + 2)])
-    script.main(flags(script, root, tmp_path / "whole", "--steps", step + 2))
+    script.main(["--resume", "--out", str(out), "--steps", str(step + 7)])  # in a later epoch
+    script.main(flags(script, root, tmp_path / "whole", "--steps", step + 7))
     (out / "samples" / f"epoch_{math.ceil(step / 5):04d}.png").unlink()  # of the moment it was stopped
     for path in (tmp_path / "whole" / "samples").glob("*"):
         (out / "samples" / path.name).exists() or path.unlink()
