@@ -417,7 +417,7 @@ def main(argv=None):
         generate(args, saved) if args.generate else train(args, saved)
     except (Exception, KeyboardInterrupt) as e:
         if "GAN_DEBUG" in os.environ: raise
-        fail(f"{type(e).__name__}: {e} (see --device cpu, --root, --out, --save; GAN_DEBUG=1 shows where)")
+        fail(f"{type(e).__name__}: {e} (see --checkpoint, --device cpu, --root, --out, --save; GAN_DEBUG=1)")
     finally:
         for number, handler in handlers.items():  # a notebook goes on
             if signal.getsignal(number) is not handler: signal.signal(number, handler)
