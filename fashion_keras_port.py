@@ -17,8 +17,7 @@ mathematics: first weights, batch norm, Adam, loss. Flags add classes, convoluti
 # Everything is in this one file: run it as a script, or open it as a notebook, as each section is a cell.
 
 # %%
-import argparse, copy, functools, glob, itertools, json, math, os, random, signal, sys, threading, time
-import zipfile, zlib
+import argparse, copy, functools, glob, json, math, os, random, signal, sys, threading, time, zipfile, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

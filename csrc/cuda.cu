@@ -1,5 +1,5 @@
-// Launches of the kernels in cuda_kernels.h, as cuda_plan.h lays them out. Nothing here waits or allocates, and all
-// work is on the caller's stream, so that a CUDA graph can capture it.
+// Launches of the kernels in cuda_kernels.h, as cuda_plan.h lays them out. Nothing here waits, memory is the
+// caller's, and all work is on the caller's stream, so that a CUDA graph can capture it.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
