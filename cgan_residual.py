@@ -31,7 +31,9 @@ try:  # the extension of this repository: optional, and a build for another torc
     FUSED, GAN_OPS = gan_ops.devices, f"serves on {' and '.join(gan_ops.devices)}"
 except Exception as error:
     FUSED, GAN_OPS = (), f"does not serve: {error} (pip install -e . builds it)"
+# --- end shared ---
 
+# --- shared: norm ---
 class BatchNormLeakyReLU(nn.BatchNorm2d):
     """leaky_relu(batch_norm(x), slope), where `fused` by gan_ops; its state_dict is nn.BatchNorm2d's."""
     def __init__(self, channels, slope, **options):
@@ -127,9 +129,7 @@ def draw_picture(index):
     ImageDraw.Draw(image).text(place, str(index % 10), 255, font, "mm", stroke_width=rng.randint(0, 4))
     return image.rotate(rng.uniform(-20, 20), Image.BILINEAR)
 
-def settle(args, pack, names):
-    """What the flags left open, now that the pictures are known; returns labels beside them, if any."""
-    return [labels_of(args, names)]
+settle = lambda args, pack, names: [labels_of(args, names)]  # beside the pictures, now that they are known
 
 def draw_z(args, count):
     """What the generator makes `count` pictures from, the same for each --seed: labels and z, count,256."""
@@ -138,9 +138,8 @@ def draw_z(args, count):
 
 # --- shared: classes ---
 def labels_of(args, names):
-    """One-hot labels of pictures by the folders in their names, float32 N,classes; args.names: the classes.
-    A class is one of --classes; without these, a folder that not all pictures are in. Where a picture has
-    none, or one in another, it ends with a line."""
+    """One-hot labels, float32 N,classes, by the one folder in each picture's name that is a class, as in
+    args.names: one of --classes; without these, a folder that not all pictures are in."""
     paths = [name.split("/")[:-1] for name in names]
     kinds = set(args.classes) or set().union(*paths).difference(set.intersection(*map(set, paths)))
     found = ["/".join(folder for folder in path if folder in kinds) for path in paths]
@@ -154,12 +153,11 @@ def labels_of(args, names):
 
 def asked_labels(args, count):
     """One-hot labels for `count` pictures in order, count,classes: as many of each of --labels, or of all."""
-    known, wanted = [name.lower() for name in args.names], range(len(args.names))
-    if args.labels:
-        words = [word.strip().lower() for word in args.labels.split(",")]
-        wanted = [known.index(w) if w in known else int(w) if w.isdecimal() else len(known) for w in words]
-        if max(wanted) >= len(known): fail(f"--labels {args.labels}: the model has {', '.join(args.names)}")
-    return F.one_hot(torch.tensor(wanted)[torch.arange(count) * len(wanted) // count], len(known)).float()
+    numbers = range(len(args.names))
+    known = dict(zip(map(str, numbers), numbers)) | {name.lower(): i for i, name in enumerate(args.names)}
+    wanted = [known.get(w.strip().lower()) for w in args.labels.split(",")] if args.labels else numbers
+    if None in wanted: fail(f"--labels {args.labels}: the model has {', '.join(args.names)}")
+    return F.one_hot(torch.tensor(wanted)[torch.arange(count) * len(wanted) // count], len(numbers)).float()
 # --- end shared ---
 
 # --- shared: data and training ---
@@ -279,7 +277,6 @@ def generate(args, saved):
     print(f"{args.generate} pictures: {path}")
 
 # %% Training
-SIGNALS = signal.SIGINT, signal.SIGTERM  # on which a run is saved
 LOG_EVERY, SAMPLE_EVERY = 10, 100  # steps from row to row of metrics.csv, and at least from sample to sample
 COLUMNS = "step", "epoch", "seconds", "images", "loss_d", "loss_g", "d_real", "d_fake"
 
@@ -349,8 +346,8 @@ def train(args, saved):
     write(out / "config.json", lambda part: part.write_text(json.dumps(vars(args), indent=2)))
     source, fixed = batches(arrays, args, device, start), draw_z(args, PER_ROW**2)
     graph, caught, step, own = None, [], start, torch.default_generator if device.type == "cpu" else torch
-    for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():  # others get none
-        signal.signal(number, lambda number, frame: caught.append(number))
+    kinds = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    handlers = {kind: signal.signal(kind, lambda kind, frame: caught.append(kind)) for kind in kinds}
     for step in (bar := tqdm(range(start + 1, last + 1), SCRIPT, last, initial=start)):
         own.manual_seed((args.seed * 1_000_003 + step) % 2**63)  # what is drawn follows from seed and step
         z = torch.randn(args.batch_size, Z, device=device)
@@ -381,6 +378,7 @@ def train(args, saved):
             write(out / "checkpoint.pt", torch.save, dict(models, **states, step=step, rows=rows))
             write(out / "models.pth", torch.save, models)
         if stop and step < last: break
+    for kind in handlers: signal.signal(kind, handlers[kind])  # a notebook goes on
     if start >= last: print(f"{out} has had its {last} steps: a larger --steps or --epochs goes on")
     if caught:
         print(f"stopped at step {step} and saved; to go on: python {SCRIPT}.py --resume --out {out}")
@@ -434,16 +432,12 @@ def parse(argv):
 
 def main(argv=None):
     """Run the command line `argv`; in a notebook, where sys.argv is the kernel's, the defaults."""
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         args, saved = parse([] if argv is None and "kernel_launcher" in sys.argv[0] else argv)
         generate(args, saved) if args.generate else train(args, saved)
     except (Exception, KeyboardInterrupt) as e:
         if "GAN_DEBUG" in os.environ: raise
         fail(f"{type(e).__name__}: {e} (see --checkpoint, --device cpu, --root, --out, --save; GAN_DEBUG=1)")
-    finally:
-        for number, handler in handlers.items():  # a notebook goes on
-            if signal.getsignal(number) is not handler: signal.signal(number, handler)
 
 if __name__ == "__main__":
     main()

@@ -31,7 +31,9 @@ try:  # the extension of this repository: optional, and a build for another torc
     FUSED, GAN_OPS = gan_ops.devices, f"serves on {' and '.join(gan_ops.devices)}"
 except Exception as error:
     FUSED, GAN_OPS = (), f"does not serve: {error} (pip install -e . builds it)"
+# --- end shared ---
 
+# --- shared: norm ---
 class BatchNormLeakyReLU(nn.BatchNorm2d):
     """leaky_relu(batch_norm(x), slope), where `fused` by gan_ops; its state_dict is nn.BatchNorm2d's."""
     def __init__(self, channels, slope, **options):
@@ -255,7 +257,6 @@ def generate(args, saved):
     print(f"{args.generate} pictures: {path}")
 
 # %% Training
-SIGNALS = signal.SIGINT, signal.SIGTERM  # on which a run is saved
 LOG_EVERY, SAMPLE_EVERY = 10, 100  # steps from row to row of metrics.csv, and at least from sample to sample
 COLUMNS = "step", "epoch", "seconds", "images", "loss_d", "loss_g", "d_real", "d_fake"
 
@@ -325,8 +326,8 @@ def train(args, saved):
     write(out / "config.json", lambda part: part.write_text(json.dumps(vars(args), indent=2)))
     source, fixed = batches(arrays, args, device, start), draw_z(args, PER_ROW**2)
     graph, caught, step, own = None, [], start, torch.default_generator if device.type == "cpu" else torch
-    for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():  # others get none
-        signal.signal(number, lambda number, frame: caught.append(number))
+    kinds = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    handlers = {kind: signal.signal(kind, lambda kind, frame: caught.append(kind)) for kind in kinds}
     for step in (bar := tqdm(range(start + 1, last + 1), SCRIPT, last, initial=start)):
         own.manual_seed((args.seed * 1_000_003 + step) % 2**63)  # what is drawn follows from seed and step
         z = torch.randn(args.batch_size, Z, device=device)
@@ -357,6 +358,7 @@ def train(args, saved):
             write(out / "checkpoint.pt", torch.save, dict(models, **states, step=step, rows=rows))
             write(out / "models.pth", torch.save, models)
         if stop and step < last: break
+    for kind in handlers: signal.signal(kind, handlers[kind])  # a notebook goes on
     if start >= last: print(f"{out} has had its {last} steps: a larger --steps or --epochs goes on")
     if caught:
         print(f"stopped at step {step} and saved; to go on: python {SCRIPT}.py --resume --out {out}")
@@ -411,16 +413,12 @@ def parse(argv):
 
 def main(argv=None):
     """Run the command line `argv`; in a notebook, where sys.argv is the kernel's, the defaults."""
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         args, saved = parse([] if argv is None and "kernel_launcher" in sys.argv[0] else argv)
         generate(args, saved) if args.generate else train(args, saved)
     except (Exception, KeyboardInterrupt) as e:
         if "GAN_DEBUG" in os.environ: raise
         fail(f"{type(e).__name__}: {e} (see --checkpoint, --device cpu, --root, --out, --save; GAN_DEBUG=1)")
-    finally:
-        for number, handler in handlers.items():  # a notebook goes on
-            if signal.getsignal(number) is not handler: signal.signal(number, handler)
 
 if __name__ == "__main__":
     main()

@@ -1,11 +1,11 @@
 """Train the Keras Fashion-MNIST GAN in PyTorch, in this one file, and what its authors wished for next.
 
     python fashion_keras_port.py                                  # Fashion-MNIST, which is downloaded
-    python fashion_keras_port.py --arch dcgan --conditional --loss wgan-gp --data synthetic --steps 600
+    python fashion_keras_port.py --arch style --conditional --data synthetic --steps 600
     python fashion_keras_port.py --generate 100 --checkpoint runs/fashion_keras_port/models.pth
 
 The default is the fully connected GAN of many a Keras notebook (Goodfellow et al. 2014), to rounding the same
-mathematics: first weights, batch norm, Adam, loss. Flags add classes, convolutions, styles and losses.
+mathematics: first weights, batch norm, Adam, loss. Flags add classes, a style-based generator, losses.
 """
 # %% [markdown]
 # # Two networks that play against each other
@@ -13,8 +13,7 @@ mathematics: first weights, batch norm, Adam, loss. Flags add classes, convoluti
 # The **generator** turns 100 random numbers into a picture of a piece of clothing. It never sees a real one.
 # The **discriminator** is shown pictures, real and made up, and says how likely each is to be real. Each is
 # trained on the other's mistakes, so both get better; when it goes well, the discriminator ends up guessing.
-#
-# Everything is in this one file: run it as a script, or open it as a notebook, as each section is a cell.
+# Run this one file as a script, or open it as a notebook, as each section is a cell.
 
 # %%
 import argparse, copy, functools, glob, json, math, os, random, signal, sys, threading, time, zipfile, zlib
@@ -32,53 +31,9 @@ from torchvision.utils import save_image
 from tqdm.auto import tqdm
 
 SCRIPT, Z, PER_ROW = "fashion_keras_port", 100, 10  # numbers of noise; a row of samples
-RECIPES = {  # by --arch: what the Keras original has, and what convolutions were found to like
+RECIPES = {  # by --arch: what the Keras original has, and what styles were found to like
     "dense": dict(width=256, batch_size=32, lr=2e-4, d_lr=2e-4, betas=[0.5, 0.999], ema=0.0, gamma=0.0),
-    "dcgan": dict(width=16, batch_size=64, lr=5e-4, d_lr=5e-4, betas=[0.0, 0.999], ema=0.999, gamma=0.0),
-    "style": dict(width=16, batch_size=64, lr=1e-3, d_lr=1e-3, betas=[0.0, 0.99], ema=0.999, gamma=1.0)}
-
-# %% [markdown]
-# ## Less traffic between the layers
-#
-# LeakyReLU and batch norm do little arithmetic and much reading and writing: each goes through all values of
-# a layer, and the way back goes through them again. Where the extension gan_ops is installed, the two are one
-# operation; where it is not, PyTorch's own do the same, only more slowly.
-
-# %%
-# --- shared: fused ---
-try:  # the extension of this repository: optional, and a build for another torch can fail in any way
-    import gan_ops
-    assert gan_ops.torch_version == torch.__version__, f"it was built for torch {gan_ops.torch_version}"
-    FUSED, GAN_OPS = gan_ops.devices, f"serves on {' and '.join(gan_ops.devices)}"
-except Exception as error:
-    FUSED, GAN_OPS = (), f"does not serve: {error} (pip install -e . builds it)"
-
-class BatchNormLeakyReLU(nn.BatchNorm2d):
-    """leaky_relu(batch_norm(x), slope), where `fused` by gan_ops; its state_dict is nn.BatchNorm2d's."""
-    def __init__(self, channels, slope, **options):
-        super().__init__(channels, **options)
-        self.slope, self.fused = slope, False
-
-    def forward(self, x):
-        if not self.fused: return F.leaky_relu(super().forward(x), self.slope)
-        statistics = self.running_mean, self.running_var, self.training, self.momentum, self.eps
-        return torch.ops.gan_ops.batch_norm_leaky_relu(x, self.weight, self.bias, *statistics, self.slope)
-# --- end shared ---
-
-class LeakyReLUBatchNorm(nn.BatchNorm1d):
-    """`batch_norm(leaky_relu(x, 0.2))` of N,C as Keras has it: running_var is the batch's own variance."""
-    fused = False  # whether gan_ops does it, as one operation
-
-    def forward(self, x):
-        affine, options = (self.weight, self.bias), (self.training, self.momentum, self.eps)
-        mean, var = self.running_mean, self.running_var
-        if self.fused:
-            return torch.ops.gan_ops.leaky_relu_batch_norm(x, *affine, mean, var, *options, 0.2, True)
-        share = 1 - 1 / len(x) if self.training else 1  # of PyTorch's variance that is the batch's own
-        theirs = var / share
-        x = F.batch_norm(F.leaky_relu(x, 0.2), mean, theirs, *affine, *options)
-        if self.training: var.copy_(theirs * share)
-        return x
+    "style": dict(width=16, batch_size=64, lr=1e-3, d_lr=1e-3, betas=[0.0, 0.99], ema=0.999, gamma=0.3)}
 
 # %% [markdown]
 # ## The two players
@@ -86,8 +41,9 @@ class LeakyReLUBatchNorm(nn.BatchNorm1d):
 # The generator widens its 100 numbers step by step, 256, 512, 1024, to the 784 pixels of a 28×28 picture;
 # tanh puts them between -1 and 1, as the real pictures are. After each layer comes LeakyReLU and then batch
 # norm, which brings each feature to mean 0 and deviation 1 over the batch: without it, deep generators tend
-# to give one picture for any noise. The discriminator goes the other way, 784 pixels to 512, 256 and one
-# number. It has no batch norm, so that it judges each picture by itself.
+# to give one picture for any noise. (Both read and write much and compute little, so the extension gan_ops,
+# where it is installed, makes one operation of them.) The discriminator goes the other way, 784 pixels to
+# 512, 256 and one number. It has no batch norm, so that it judges each picture by itself.
 #
 # Keras and PyTorch do not mean the same by the same words. What had to be translated:
 #
@@ -98,58 +54,67 @@ class LeakyReLUBatchNorm(nn.BatchNorm1d):
 # | `Dense` starts Glorot-uniform, biases at 0 | `nn.Linear` has other weights to start with |
 # | Adam's `epsilon=1e-7` | is added before the bias correction, not after it: a factor of 32 at first |
 #
-# `--arch dcgan` has convolutions in place of the wide layers (Radford et al. 2016): a pixel then looks at its
-# neighbours, and far fewer weights draw sharper clothes. `--arch style` starts from one learnt picture, and
-# the noise only says how strong each feature is (Karras et al. 2020). `--conditional` tells both players the
-# class: the generator gets it as ten numbers before the noise, nine 0 and one 1; the discriminator compares
-# its features with a vector for the class (Miyato & Koyama 2018). Who has to make a bag when a bag is asked
-# for cannot forget bags.
+# `--arch style` has convolutions in place of the wide layers: a pixel looks at its neighbours, and far fewer
+# weights draw sharper clothes. It starts from one learnt picture; the noise only says how strong each feature
+# is (Karras et al. 2020). `--conditional` tells both players the class: the generator gets it as ten numbers
+# before the noise, nine 0 and one 1; the discriminator compares its features with a vector for the class
+# (Miyato & Koyama 2018). Who has to make a bag when a bag is asked for cannot forget bags.
 
 # %%
-class StyleGenerator(nn.Module):
-    """N,c_in to pictures (N,1,28,28), by 3x3 convolutions of a learnt start whose inputs a style scales and
-    whose outputs are brought back to deviation 1 (Karras et al. 2020); each adds its grey to the picture."""
-    def __init__(self, c_in, w):
-        super().__init__()
-        self.leaky = nn.LeakyReLU(0.2)
-        self.map = nn.Sequential(nn.Linear(c_in, 128), self.leaky, nn.Linear(128, 128), self.leaky)
-        self.start, self.noise = nn.Parameter(torch.randn(1, 4 * w, 7, 7)), nn.Parameter(torch.zeros(3))
-        sizes = (4 * w, 4 * w), (4 * w, 2 * w), (2 * w, w)
-        self.styles = nn.ModuleList(nn.Linear(128, c_in) for c_in, _ in sizes)
-        self.convs = nn.ModuleList(nn.Conv2d(*channels, 3, padding=1) for channels in sizes)
-        self.greys = nn.ModuleList(nn.Conv2d(c_out, 1, 1) for _, c_out in sizes)
+# --- shared: fused ---
+try:  # the extension of this repository: optional, and a build for another torch can fail in any way
+    import gan_ops
+    assert gan_ops.torch_version == torch.__version__, f"it was built for torch {gan_ops.torch_version}"
+    FUSED, GAN_OPS = gan_ops.devices, f"serves on {' and '.join(gan_ops.devices)}"
+except Exception as error:
+    FUSED, GAN_OPS = (), f"does not serve: {error} (pip install -e . builds it)"
+# --- end shared ---
 
-    def forward(self, z):
-        latent, x, picture = self.map(z), self.start.expand(z.shape[0], -1, -1, -1), 0
-        layers = zip((7, 14, 28), self.noise, self.styles, self.convs, self.greys)
-        for size, noise, style, conv, grey in layers:
-            scale = 1 + style(latent)  # N,c_in
-            deviation = (scale.square() @ conv.weight.square().sum((2, 3)).T + 1e-8).sqrt()  # N,c_out
-            x = F.interpolate(x, (size, size), mode="bilinear") * scale[..., None, None]
-            x = F.conv2d(x, conv.weight, padding=1) / deviation[..., None, None]
-            if self.training: x = x + noise * torch.randn_like(x[:, :1])
-            x = self.leaky(x + conv.bias[:, None, None]) * 2**0.5  # N,64,7,7; N,32,14,14; N,16,28,28
-            picture = picture + F.interpolate(grey(x), (28, 28), mode="bilinear")
-        return picture.tanh()
+class LeakyReLUBatchNorm(nn.BatchNorm1d):
+    """batch_norm(leaky_relu(x, 0.2)) of N,C as Keras has it: running_var is the batch's own variance."""
+    fused = False  # whether gan_ops does it, as one operation
+
+    def forward(self, x):
+        affine, mean, var = (self.weight, self.bias), self.running_mean, self.running_var
+        options, op = (self.training, self.momentum, self.eps), torch.ops.gan_ops
+        if self.fused: return op.leaky_relu_batch_norm(x, *affine, mean, var, *options, 0.2, True)
+        share = 1 - 1 / len(x) if self.training else 1  # of PyTorch's variance that is the batch's own
+        theirs = var / share
+        x = F.batch_norm(F.leaky_relu(x, 0.2), mean, theirs, *affine, *options)
+        if self.training: var.copy_(theirs * share)
+        return x
 
 class Generator(nn.Sequential):
     """Noise N,100, after a one-hot label where there are `classes`, to pictures (N,1,28,28) in [-1, 1]."""
-    def __init__(self, width=256, classes=0, arch="dense"):
-        c_in, w, keras = classes + Z, width, dict(momentum=0.2, eps=1e-3)
-        if arch == "dense":
-            norm = functools.partial(LeakyReLUBatchNorm, **keras)
-            layers = [nn.Linear(c_in, w), norm(w), nn.Linear(w, 2 * w), norm(2 * w), nn.Linear(2 * w, 4 * w),
-                      norm(4 * w), nn.Linear(4 * w, 784), nn.Tanh(), nn.Unflatten(1, (1, 28, 28))]
-        elif arch == "dcgan":
-            up = functools.partial(nn.ConvTranspose2d, kernel_size=4, stride=2, padding=1, bias=False)
-            norm = functools.partial(BatchNormLeakyReLU, slope=0.2, **keras)
-            layers = [nn.Linear(c_in, 4 * w * 49), nn.Unflatten(1, (4 * w, 7, 7)), norm(4 * w),  # N,64,7,7
-                      up(4 * w, 2 * w), norm(2 * w), up(2 * w, w), norm(w),  # N,32,14,14; N,16,28,28
-                      nn.Conv2d(w, 1, 3, padding=1), nn.Tanh()]
-        else:
-            layers = [StyleGenerator(c_in, w)]
+    def __init__(self, width=256, classes=0):
+        w, norm = width, functools.partial(LeakyReLUBatchNorm, momentum=0.2, eps=1e-3)
+        super().__init__(nn.Linear(classes + Z, w), norm(w), nn.Linear(w, 2 * w), norm(2 * w),
+                         nn.Linear(2 * w, 4 * w), norm(4 * w), nn.Linear(4 * w, 784), nn.Tanh(),
+                         nn.Unflatten(1, (1, 28, 28)))
+
+class StyleGenerator(nn.Module):
+    """The same by 3x3 convolutions of a learnt start, whose inputs a style scales and whose outputs are
+    brought back to deviation 1 (Karras et al. 2020); each adds its grey to the picture."""
+    def __init__(self, width=16, classes=0):
         super().__init__()
-        self.layers = nn.Sequential(*layers)
+        w, leaky = width, functools.partial(nn.LeakyReLU, 0.2)
+        self.map = nn.Sequential(nn.Linear(classes + Z, 128), leaky(), nn.Linear(128, 128), leaky())
+        self.start, self.noise = nn.Parameter(torch.randn(1, 4 * w, 7, 7)), nn.Parameter(torch.zeros(3))
+        self.styles = nn.ModuleList(nn.Linear(128, c) for c in (4 * w, 4 * w, 2 * w))
+        self.convs = nn.ModuleList(nn.Conv2d(c * w, d * w, 3, padding=1) for c, d in ((4, 4), (4, 2), (2, 1)))
+        self.greys = nn.ModuleList(nn.Conv2d(c, 1, 1) for c in (4 * w, 2 * w, w))
+
+    def forward(self, z):
+        latent, x, picture = self.map(z), self.start.expand(z.shape[0], -1, -1, -1), 0
+        for i, style, conv, grey in zip(range(3), self.styles, self.convs, self.greys):
+            scale = 1 + style(latent)  # N,c_in
+            deviation = (scale.square() @ conv.weight.square().sum((2, 3)).T + 1e-8).sqrt()  # N,c_out
+            x = F.interpolate(x, 7 << i, mode="bilinear") * scale[..., None, None]
+            x = F.conv2d(x, conv.weight, padding=1) / deviation[..., None, None]
+            if self.training: x = x + self.noise[i] * torch.randn_like(x[:, :1])
+            x = F.leaky_relu(x + conv.bias[:, None, None], 0.2) * 2**0.5  # N,64,7,7; N,32,14,14; N,16,28,28
+            picture = picture + F.interpolate(grey(x), (28, 28), mode="bilinear")
+        return picture.tanh()
 
 class Discriminator(nn.Module):
     """Pictures (N,1,28,28) to probabilities of being real (N,1), or to logits, to which one-hot labels
@@ -163,9 +128,8 @@ class Discriminator(nn.Module):
             layers = [nn.Conv2d(1, w, 4, 2, 1), leaky(), nn.Conv2d(w, 2 * w, 4, 2, 1), leaky(),  # N,32,7,7
                       nn.Conv2d(2 * w, 4 * w, 3, 2, 1), leaky(), nn.Flatten(),  # of N,64,4,4
                       nn.Linear(64 * w, 16 * w), leaky()]
-        features = layers[-2].out_features
-        self.layers, self.logit = nn.Sequential(*layers), nn.Linear(features, 1)
-        self.of_class = nn.Linear(classes, features, bias=False) if classes else None
+        self.layers, self.logit = nn.Sequential(*layers), nn.Linear(layers[-2].out_features, 1)
+        self.of_class = nn.Linear(classes, self.logit.in_features, bias=False) if classes else None
 
     def forward(self, x, labels=None, logits=False):
         features = self.layers(x)  # N,256
@@ -176,7 +140,8 @@ class Discriminator(nn.Module):
 def make_networks(args):
     """(generator, discriminator) with Keras's initial weights: Glorot-uniform, biases 0."""
     classes = len(args.names) if args.conditional else 0
-    nets = [kind(args.width, classes, args.recipe) for kind in (Generator, Discriminator)]
+    G = (StyleGenerator if args.recipe == "style" else Generator)(args.width, classes)
+    nets = G, Discriminator(args.width, classes, args.recipe)
     for name, weight in nn.ModuleList(nets).named_parameters():
         if name.endswith("bias"): nn.init.zeros_(weight)
         elif name.endswith("weight") and weight.ndim > 1: nn.init.xavier_uniform_(weight)
@@ -188,8 +153,8 @@ class Optimiser(torch.optim.Adam):
         group = self.param_groups[0]
         rate, (beta1, beta2) = group["lr"], group["betas"]
         for p in () if self.state else group["params"]:  # counting from 1e5, where PyTorch's correction is 1
-            zeros = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-            self.state[p] = dict(zeros, step=torch.tensor(1e5, device=p.device))
+            m, v, step = torch.zeros_like(p), torch.zeros_like(p), torch.tensor(1e5, device=p.device)
+            self.state[p] = dict(exp_avg=m, exp_avg_sq=v, step=step)
         step = self.state[group["params"][0]]["step"] - 99_999
         if not group["capturable"]: step = step.item()  # where no graph needs a tensor, in float64
         group.update(eps=1e-7, lr=rate * (1 - beta2**step) ** 0.5 / (1 - beta1**step))
@@ -205,69 +170,48 @@ class Optimiser(torch.optim.Adam):
 #
 # The generator wants the opposite. It could be trained to make log(1 - p) small, but as long as the
 # discriminator sees through it, p is near 0 and that curve is flat: there is nothing to learn from. So the
-# labels are flipped: its made pictures are given the label "real", and its loss is -log p, steep just where
-# it is worst. The discriminator stands still meanwhile; only its opinion is passed back, through it, to the
-# generator's weights.
+# labels are flipped: its pictures are given the label "real", and its loss is -log p, steep just where it is
+# worst. The discriminator stands still; only its opinion is passed back to the generator's weights.
 #
 # What collapse looks like: the generator finds a few pictures that pass, and makes only these. The grids show
-# the same sneaker again and again, whatever the noise; its loss jumps as the discriminator learns that
-# sneaker and the generator moves on to a shirt.
+# one sneaker, whatever the noise; its loss jumps as the discriminator learns it and a shirt comes next.
 #
 # Other losses score pictures instead of giving probabilities: `hinge` asks for scores beyond 1 and -1 and no
-# further (Lim & Ye 2017), `lsgan` for scores of 1 and 0 (Mao et al. 2017), and `wgan-gp` for as wide a gap as
-# a slope of 1 allows, which a penalty on the gradient enforces (Gulrajani et al. 2017). `--gamma` penalises
-# any slope at real pictures, so that the discriminator stays calm where it is right (R1, Mescheder et al.
-# 2018).
+# further (Lim & Ye 2017), `lsgan` for scores of 1 and 0 (Mao et al. 2017). `--gamma` penalises any slope at
+# real pictures, so that the discriminator stays calm where it is right (R1, Mescheder et al. 2018).
 
 # %%
-def clipped_bce(logit, real):
-    """Keras's: binary cross-entropy on probabilities clipped to [1e-7, 1 - 1e-7], beyond which it is flat."""
-    p = logit.sigmoid().clamp(1e-7, 1 - 1e-7)
-    return -(p if real else 1 - p).log().mean()
-
-LOSSES = {  # of logits (N,1) that are to say that pictures are `real`, or that they are not
-    "bce": clipped_bce,
-    "hinge": lambda logit, real: F.relu(1 - logit if real else 1 + logit).mean(),
-    "lsgan": lambda logit, real: (logit - int(real)).square().mean(),
-    "wgan-gp": lambda logit, real: (-logit if real else logit).mean()}
+LOSSES = {  # of logits (N,1) that are to say that pictures are `real`, or not; Keras clips probabilities
+    "bce": lambda x, real: -(x.sigmoid().clamp(1e-7, 1 - 1e-7) + (real - 1)).abs().log().mean(),  # p, 1 - p
+    "hinge": lambda x, real: F.relu(1 - x if real else 1 + x).mean(),
+    "lsgan": lambda x, real: (x - int(real)).square().mean()}
 
 def train_step(nets, args, real, z, *labels):
-    """A step of both networks on real (N,1,28,28), z (N,100) and, if --conditional, one-hot labels (N,10).
-
-    As in the Keras loop, the discriminator learns from what the generator makes in inference mode: with bce
-    in a step after one on real pictures, else in one step on both. The generator learns in training mode from
-    noise of its own. Returns the losses and the discriminator's logits."""
+    """A step on real (N,1,28,28), z (N,100) and, if --conditional, one-hot labels (N,10): the
+    discriminator's on real, then on made pictures (dense: in inference mode, as in the Keras loop), the
+    generator's from noise of its own. Returns the losses and the discriminator's logits."""
     def judge(x):
-        with nets.autocast():
-            return nets.D(x, *labels, logits=True).float()
-
-    def slope(x):  # the length of the gradient of each picture's logit, N
-        x = x.detach().requires_grad_()
-        return torch.autograd.grad(judge(x).sum(), x, create_graph=True)[0].flatten(1).norm(dim=1)
-
+        with nets.autocast(): return nets.D(x, *labels, logits=True).float()
     loss_of = LOSSES[args.loss]
     nets.D.requires_grad_(True)
-    nets.G.eval()
-    with torch.no_grad(), nets.autocast():
-        fake = nets.G(torch.cat([*labels, z], 1)).float()
+    nets.G.train(args.recipe != "dense")
+    with torch.no_grad(), nets.autocast(): fake = nets.G(torch.cat([*labels, z], 1)).float()
     nets.G.train()
-    real_logit = judge(real)
+    real_logit = judge(real.requires_grad_(args.gamma > 0))
     of_real = loss_of(real_logit, True)
-    if args.gamma: of_real = of_real + args.gamma / 2 * slope(real).square().mean()
-    if args.loss == "bce": optimise(nets, of_real, nets.opt_d)
+    if args.gamma:
+        (slope,) = torch.autograd.grad(real_logit.sum(), real, create_graph=True)
+        of_real = of_real + args.gamma / 2 * slope.square().sum((1, 2, 3)).mean()
+    optimise(nets, of_real, nets.opt_d)
     fake_logit = judge(fake)
     of_fake = loss_of(fake_logit, False)
-    if args.loss == "wgan-gp":
-        between = torch.lerp(real, fake, torch.rand_like(real[:, :1, :1, :1]))
-        of_fake = of_fake + 10 * (slope(between) - 1).square().mean()
-    loss_d = (of_real + of_fake) / 2
-    optimise(nets, of_fake if args.loss == "bce" else loss_d, nets.opt_d)
+    optimise(nets, of_fake, nets.opt_d)
     nets.D.requires_grad_(False)
-    with nets.autocast():
-        made = nets.G(torch.cat([*labels, torch.randn_like(z)], 1))
-    loss_g = -judge(made).mean() if args.loss == "hinge" else loss_of(judge(made), True)
+    with nets.autocast(): made = nets.G(torch.cat([*labels, torch.randn_like(z)], 1))
+    logit = judge(made)
+    loss_g = -logit.mean() if args.loss == "hinge" else loss_of(logit, True)
     optimise(nets, loss_g, nets.opt_g)
-    return loss_d, loss_g, real_logit, fake_logit
+    return (of_real + of_fake) / 2, loss_g, real_logit, fake_logit
 
 # %% [markdown]
 # ## The pictures
@@ -277,21 +221,17 @@ def train_step(nets, args, real, z, *labels):
 # through all of them in a new order that follows from the seed, so the same command gives the same run.
 
 # %%
-CLOTHES = {  # right halves of their outlines: from the middle, from the top
-    "T-shirt": [(24, 16), (45, 48), (37, 52), (24, 38), (24, 96)], "Dress": [(13, 16), (11, 44), (32, 96)],
-    "Trouser": [(20, 16), (24, 98), (7, 98), (0, 38)], "Bag": [(11, 20), (18, 46), (42, 46), (38, 96)]}
-DRAWN = [f"{[*CLOTHES][i % 4]}/{i}.png" for i in range(4096)]  # the pictures of --data synthetic
+CLOTHES = {"Dress": [(13, 16), (11, 44), (32, 96)], "Trouser": [(20, 16), (24, 98), (7, 98), (0, 38)],
+           "Bag": [(11, 20), (18, 46), (42, 46), (38, 96)]}  # right halves of outlines: from the middle, top
+DRAWN = [f"{[*CLOTHES][i % 3]}/{i}.png" for i in range(4096)]  # the pictures of --data synthetic
+settle = lambda args, pack, names: [labels_of(args, names)] if args.conditional else []  # labels
 
 def draw_picture(index):
-    """Piece of clothing number `index` of --data synthetic: a T-shirt, a dress, trousers or a bag."""
-    rng, image, half = random.Random(index), Image.new("L", (112, 112)), [*CLOTHES.values()][index % 4]
+    """Piece of clothing number `index` of --data synthetic: a dress, trousers or a bag."""
+    rng, image, half = random.Random(index), Image.new("L", (112, 112)), [*CLOTHES.values()][index % 3]
     points, wide = half + [(-x, y) for x, y in reversed(half)], rng.uniform(0.85, 1.2)
     ImageDraw.Draw(image).polygon([(56 + x * wide, y) for x, y in points], rng.randint(110, 255))
     return image.rotate(rng.uniform(-6, 6), Image.BILINEAR)
-
-def settle(args, pack, names):
-    """What the flags left open, now that the pictures are known; returns labels beside them, if any."""
-    return [labels_of(args, names)] if args.conditional else []
 
 def draw_z(args, count):
     """What the generator makes `count` pictures from, the same for each --seed: labels, if any, and z."""
@@ -301,9 +241,8 @@ def draw_z(args, count):
 
 # --- shared: classes ---
 def labels_of(args, names):
-    """One-hot labels of pictures by the folders in their names, float32 N,classes; args.names: the classes.
-    A class is one of --classes; without these, a folder that not all pictures are in. Where a picture has
-    none, or one in another, it ends with a line."""
+    """One-hot labels, float32 N,classes, by the one folder in each picture's name that is a class, as in
+    args.names: one of --classes; without these, a folder that not all pictures are in."""
     paths = [name.split("/")[:-1] for name in names]
     kinds = set(args.classes) or set().union(*paths).difference(set.intersection(*map(set, paths)))
     found = ["/".join(folder for folder in path if folder in kinds) for path in paths]
@@ -317,12 +256,11 @@ def labels_of(args, names):
 
 def asked_labels(args, count):
     """One-hot labels for `count` pictures in order, count,classes: as many of each of --labels, or of all."""
-    known, wanted = [name.lower() for name in args.names], range(len(args.names))
-    if args.labels:
-        words = [word.strip().lower() for word in args.labels.split(",")]
-        wanted = [known.index(w) if w in known else int(w) if w.isdecimal() else len(known) for w in words]
-        if max(wanted) >= len(known): fail(f"--labels {args.labels}: the model has {', '.join(args.names)}")
-    return F.one_hot(torch.tensor(wanted)[torch.arange(count) * len(wanted) // count], len(known)).float()
+    numbers = range(len(args.names))
+    known = dict(zip(map(str, numbers), numbers)) | {name.lower(): i for i, name in enumerate(args.names)}
+    wanted = [known.get(w.strip().lower()) for w in args.labels.split(",")] if args.labels else numbers
+    if None in wanted: fail(f"--labels {args.labels}: the model has {', '.join(args.names)}")
+    return F.one_hot(torch.tensor(wanted)[torch.arange(count) * len(wanted) // count], len(numbers)).float()
 # --- end shared ---
 
 # --- shared: data and training ---
@@ -442,7 +380,6 @@ def generate(args, saved):
     print(f"{args.generate} pictures: {path}")
 
 # %% Training
-SIGNALS = signal.SIGINT, signal.SIGTERM  # on which a run is saved
 LOG_EVERY, SAMPLE_EVERY = 10, 100  # steps from row to row of metrics.csv, and at least from sample to sample
 COLUMNS = "step", "epoch", "seconds", "images", "loss_d", "loss_g", "d_real", "d_fake"
 
@@ -512,8 +449,8 @@ def train(args, saved):
     write(out / "config.json", lambda part: part.write_text(json.dumps(vars(args), indent=2)))
     source, fixed = batches(arrays, args, device, start), draw_z(args, PER_ROW**2)
     graph, caught, step, own = None, [], start, torch.default_generator if device.type == "cpu" else torch
-    for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():  # others get none
-        signal.signal(number, lambda number, frame: caught.append(number))
+    kinds = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    handlers = {kind: signal.signal(kind, lambda kind, frame: caught.append(kind)) for kind in kinds}
     for step in (bar := tqdm(range(start + 1, last + 1), SCRIPT, last, initial=start)):
         own.manual_seed((args.seed * 1_000_003 + step) % 2**63)  # what is drawn follows from seed and step
         z = torch.randn(args.batch_size, Z, device=device)
@@ -544,6 +481,7 @@ def train(args, saved):
             write(out / "checkpoint.pt", torch.save, dict(models, **states, step=step, rows=rows))
             write(out / "models.pth", torch.save, models)
         if stop and step < last: break
+    for kind in handlers: signal.signal(kind, handlers[kind])  # a notebook goes on
     if start >= last: print(f"{out} has had its {last} steps: a larger --steps or --epochs goes on")
     if caught:
         print(f"stopped at step {step} and saved; to go on: python {SCRIPT}.py --resume --out {out}")
@@ -558,8 +496,8 @@ def parse(argv):
     add("--arch", dest="recipe", choices=RECIPES, default="dense", help="dense is Keras's (dense)")
     add("--conditional", action="store_true", help="tell both networks the class")
     add("--loss", choices=LOSSES, default="bce", help="(bce)")
-    add("--gamma", type=float, help="weight of R1 (0; style: 1)")
-    add("--width", type=int, help="of the narrowest layer (256; dcgan, style: 16)")
+    add("--gamma", type=float, help="weight of R1 (0; style: 0.3)")
+    add("--width", type=int, help="of the narrowest layer (256; style: 16)")
     add("--labels", help="with --generate: the classes wanted, by number or name, as Bag,3 (all)")
     add("--data", default="fashion", help="fashion, mnist, synthetic, a folder or .zip (fashion)")
     parser.set_defaults(size=28, channels=1, names=None, flip=False, fall=1e9)
@@ -600,16 +538,12 @@ def parse(argv):
 
 def main(argv=None):
     """Run the command line `argv`; in a notebook, where sys.argv is the kernel's, the defaults."""
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         args, saved = parse([] if argv is None and "kernel_launcher" in sys.argv[0] else argv)
         generate(args, saved) if args.generate else train(args, saved)
     except (Exception, KeyboardInterrupt) as e:
         if "GAN_DEBUG" in os.environ: raise
         fail(f"{type(e).__name__}: {e} (see --checkpoint, --device cpu, --root, --out, --save; GAN_DEBUG=1)")
-    finally:
-        for number, handler in handlers.items():  # a notebook goes on
-            if signal.getsignal(number) is not handler: signal.signal(number, handler)
 
 if __name__ == "__main__":
     main()

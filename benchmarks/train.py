@@ -140,7 +140,7 @@ def as_usual(script, network):
         network.layers.register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(),))
     for module in list(network.modules()):
         for name, child in module.named_children():
-            if type(child) is script.BatchNormLeakyReLU:
+            if type(child) is getattr(script, "BatchNormLeakyReLU", None):
                 norm = nn.BatchNorm2d(child.num_features, child.eps, child.momentum)
                 activation = nn.LeakyReLU(child.slope, inplace=True) if child.slope else nn.ReLU(inplace=True)
                 norm.load_state_dict(child.state_dict())

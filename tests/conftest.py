@@ -20,7 +20,6 @@ KINDS = {  # the games that a script plays, each with its flags
     "cspup128-exact": (cspup128, "--width 2 --scheme exact --d-every 2"),
     "cgan_residual": (cgan_residual, "--width 2"),
     "fashion": (fashion_keras_port, "--width 4 --batch-size 8"),
-    "fashion-dcgan": (fashion_keras_port, "--width 2 --arch dcgan --conditional --loss wgan-gp"),
     "fashion-style": (fashion_keras_port, "--width 2 --arch style --conditional")}
 TINY = {script: f"{flags} --batch-size 8 --precision fp32 --device cpu".split()
         for script, flags in reversed(KINDS.values())}  # of each script the first

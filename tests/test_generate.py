@@ -38,7 +38,7 @@ def bags(root, tmp_path_factory):
     """A run folder of fashion_keras_port.py that is told the class."""
     out = tmp_path_factory.mktemp("bags") / "run"
     fashion_keras_port.main(flags(fashion_keras_port, root, out, "--steps", 2, "--conditional", "--arch",
-                                  "dcgan"))
+                                  "style"))
     return out
 
 

@@ -284,7 +284,7 @@ def test_a_run_stopped_in_its_first_steps_is_saved_and_goes_on(script, number, r
 
 
 @pytest.mark.parametrize("name, steps", [("dcgan", 150), ("cspup128", 60), ("cgan_residual", 150),
-                                         ("fashion-dcgan", 150)])
+                                         ("fashion-style", 150)])
 def test_twelve_kills_change_nothing(name, steps, root, tmp_path):
     """SIGKILL at six moments of a life from its start on, at six soon after it has saved; then the end."""
     script, argv = KINDS[name]

@@ -110,33 +110,27 @@ def relativistic(G, D, opt_g, opt_d, args, _, real, z):
 
 def keras_loop(G, D, opt_g, opt_d, args, _, real, z, *labels):
     """The Keras loop: the discriminator on real, then on what inference mode makes; then the generator."""
+    of_real, of_fake, of_g = {
+        "bce": (lambda x: loss_of(x, 1.0), lambda x: loss_of(x, 0.0), lambda x: loss_of(x, 1.0)),
+        "hinge": (lambda x: (1 - x).clamp(min=0).mean(), lambda x: (1 + x).clamp(min=0).mean(),
+                  lambda x: -x.mean()),
+        "lsgan": (lambda x: ((x - 1)**2).mean(), lambda x: (x**2).mean(),
+                  lambda x: ((x - 1)**2).mean())}[args.loss]
+
     def judge(x):
         return D(x, *labels, logits=True)
-    G.eval()
+    G.train(args.recipe != "dense")
     fake = G(torch.cat([*labels, z], 1)).detach()
     G.train()
-    r, calm = judge(real), args.gamma / 2 * (slopes(judge, real) ** 2).mean() if args.gamma else 0
-    if args.loss == "bce":
-        of_real = loss_of(r, 1.0) + calm
-        learn(opt_d, of_real)
-        f = judge(fake)
-        loss_d = loss_of(f, 0.0)
-        learn(opt_d, loss_d)
-        loss_d = (of_real + loss_d) / 2
-    else:
-        f = judge(fake)
-        loss_d = calm + {"hinge": (1 - r).clamp(min=0).mean() + (1 + f).clamp(min=0).mean(),
-                         "lsgan": ((r - 1) ** 2).mean() + (f**2).mean(), "wgan-gp": f.mean()
-                         - r.mean()}[args.loss]
-        if args.loss == "wgan-gp":
-            mix = torch.rand(len(real), 1, 1, 1)
-            loss_d = loss_d + 10 * ((slopes(judge, real + (fake - real) * mix) - 1) ** 2).mean()
-        loss_d = loss_d / 2
-        learn(opt_d, loss_d)
-    g = judge(G(torch.cat([*labels, torch.randn_like(z)], 1)))
-    loss_g = {"bce": loss_of(g, 1.0), "lsgan": ((g - 1) ** 2).mean()}.get(args.loss, -g.mean())
+    r = judge(real)
+    on_real = of_real(r) + (args.gamma / 2 * (slopes(judge, real) ** 2).mean() if args.gamma else 0)
+    learn(opt_d, on_real)
+    f = judge(fake)
+    on_fake = of_fake(f)
+    learn(opt_d, on_fake)
+    loss_g = of_g(judge(G(torch.cat([*labels, torch.randn_like(z)], 1))))
     learn(opt_g, loss_g)
-    return loss_d, loss_g, r, f
+    return (on_real + on_fake) / 2, loss_g, r, f
 
 
 STEPS = [(dcgan, plain, ""), (dcgan, plain, "--augment"), (dcgan, plain, "--recipe classic --channels 1"),
@@ -144,10 +138,8 @@ STEPS = [(dcgan, plain, ""), (dcgan, plain, "--augment"), (dcgan, plain, "--reci
          *((cspup128, relativistic, more) for more in (
              "", "--gamma 0", "--scheme exact --d-every 2", "--loss hinge --d-every 3",
              "--loss bce --up deconv")),
-         *((fashion_keras_port, keras_loop, f"{arch} --loss {loss}")
-           for loss in ("bce", "hinge", "lsgan", "wgan-gp") for arch in ("", "--arch dcgan --conditional")),
-         *((fashion_keras_port, keras_loop, f"--arch style --conditional --loss {loss}")
-           for loss in ("bce", "wgan-gp"))]
+         *((fashion_keras_port, keras_loop, f"{arch} --loss {loss}") for loss in ("bce", "hinge", "lsgan")
+           for arch in ("", "--arch style --conditional"))]
 
 
 @pytest.mark.parametrize("script, textbook, argv", STEPS, ids=[f"{s.SCRIPT} {argv}" for s, _, argv in STEPS])
