@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 SCRIPT, Z, PER_ROW = "fashion_keras_port", 100, 10  # numbers of noise; a row of samples
 RECIPES = {  # by --arch: what the Keras original has, and what styles were found to like
     "dense": dict(width=256, batch_size=32, lr=2e-4, d_lr=2e-4, betas=[0.5, 0.999], ema=0.0, gamma=0.0),
-    "style": dict(width=16, batch_size=64, lr=1e-3, d_lr=1e-3, betas=[0.0, 0.99], ema=0.999, gamma=0.3)}
+    "style": dict(width=16, lr=5e-4, d_lr=1e-3, fall=3000, betas=[0.0, 0.99], ema=0.999, gamma=0.3)}
 
 # %% [markdown]
 # ## The two players
