@@ -223,7 +223,7 @@ def test_a_label_decides_on_pictures_and_on_verdicts(script, flags):
 
 def test_styled_convolutions_are_the_papers():
     """Weights scaled by the style and brought to length 1, for each picture (Karras et al. 2020)."""
-    G, z = randomised(fashion_keras_port.StyleGenerator(5, 2)).eval(), torch.randn(3, 5)
+    G, z = randomised(fashion_keras_port.StyleGenerator(2, 3)).eval(), torch.randn(3, 103)
     expected = []
     for latent in G.map(z):
         x, picture = G.start, 0
