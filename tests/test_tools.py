@@ -109,9 +109,10 @@ def test_one_table_of_runs_of_all_scripts(runs, few, untrained, tmp_path, capsys
     levels = dict(dcgan={"swd 32", "swd 16"}, cspup128={f"swd {side}" for side in (128, 64, 32, 16)})
     for kind, run in runs.items():
         figures = found[str(run)]
-        read = {"classifier", "as_asked"} | {name for name in figures if name.startswith("share of ")}
+        read = {name for name in figures if name.startswith("share of ")}
+        read |= {"classifier", "as_asked", "lowest_class"}
         assert set(figures) - read == both | levels.get(kind, {"swd 28", "swd 14"})
-        assert len(set(figures) & read) == dict(cgan_residual=12, dense=5, style=5).get(kind, 0)
+        assert len(set(figures) & read) == dict(cgan_residual=13, dense=6, style=6).get(kind, 0)
         assert all(np.isfinite(value) for pair in figures.values() for value in pair if value is not None)
         shares = [pair for name, pair in figures.items() if name.startswith("share of ")]
         assert not shares or np.sum(shares, axis=0).tolist() == pytest.approx([1, 1])
@@ -198,13 +199,14 @@ def test_figures_by_class_are_counted_by_hand():
     asked = torch.tensor([0] * 50 + [1] * 40 + [2] * 10)
     found = classifier.by_class(brightness(), made, asked, test, test, CLASSES)
     assert found["as_asked"] == pytest.approx([(50 + 30 + 1) / 100, 1])
+    assert found["lowest_class"] == pytest.approx([1 / 10, 1])
     assert [found[f"share of {name}"] for name in CLASSES] == [
         pytest.approx(pair) for pair in ([0.6, 0.5], [0.39, 0.3], [0.01, 0.2])]
     assert found["classifier"][1] == pytest.approx(0, abs=1e-6) and found["classifier"][0] > 1e-3
     assert classifier.vanished(found) == ["white"]
     made = shades([0] * 60 + [1] * 38 + [2] * 2)[0]
     found = classifier.by_class(brightness(), made, None, test, test, CLASSES)
-    assert found["as_asked"][0] is None and classifier.vanished(found) == []
+    assert found["as_asked"][0] is found["lowest_class"][0] is None and classifier.vanished(found) == []
 
 
 def read_echo(monkeypatch, tmp_path, shift=0, test=None):

@@ -72,15 +72,21 @@ def read(classifier, images):
     features = torch.cat([classifier[:-1](to_float(part, device)) for part in images.split(500)])
     return features.double().cpu(), classifier[-1](features).argmax(1).cpu()
 
+def right_shares(found, truth):
+    """(share of classes `found` that are the true ones, the same of the class where it is least), or Nones."""
+    if truth is None: return None, None
+    right = (found == truth).double()
+    return right.mean().item(), min(right[truth == i].mean().item() for i in truth.unique())
+
 def by_class(net, made, asked, known, test, classes):
     """{figure: [of pictures `made`, of real ones]} as a classifier reads them; asked: what was wanted.
 
     known, which it has learnt from, and test: (pictures uint8 N,C,H,W, numbers of their classes N).
     """
     (features, found), (real, right) = read(net, made), read(net, test[0])
-    as_asked = None if asked is None else (found == asked).double().mean().item()
+    hits = zip(right_shares(found, asked), right_shares(right, test[1]))
     figures = dict(classifier=[frechet(features, real), frechet(read(net, known[0])[0], real)],
-                   as_asked=[as_asked, (right == test[1]).double().mean().item()])
+                   **dict(zip(("as_asked", "lowest_class"), map(list, hits))))
     for i, name in enumerate(classes):
         figures[f"share of {name}"] = [(part == i).double().mean().item() for part in (found, test[1])]
     return figures

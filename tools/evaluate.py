@@ -19,7 +19,8 @@ on the count. "Small" is 16x16 pixels by averaging, 14x14 where pictures are 28x
 Where pictures lie in folders by class, a small classifier, trained once on nine tenths of them (on all, where
 there are such others) and kept beside the decoded pictures, reads --read generated ones:
 - classifier: Frechet distance of its features to those of test pictures, in brackets of pictures it knows.
-- as_asked: share read as the class asked for, in brackets of test pictures read as what they are.
+- as_asked: share read as the class asked for, in brackets of test pictures read as what they are;
+  lowest_class: the same of the class where it is least.
 - share of each class; one below a tenth of that in brackets has vanished.
 """
 import argparse, inspect, json
