@@ -104,14 +104,19 @@ def make_networks(args):
 
 # %% Losses and one training step
 def train_step(nets, args, real, z, labels):
-    """A step of both networks on real (N,1,28,28), z (N,246) and one-hot labels (N,10), for real and fake
-    pictures alike; one pass judges both, as nothing couples a batch. Returns losses and logits."""
+    """A step of both networks on real (N,1,28,28), z (N,246) and one-hot labels (N,10). Real pictures under
+    the label of another class count as fake (Reed et al. 2016); one pass judges all, as nothing couples a
+    batch. Returns losses and logits."""
     nets.D.requires_grad_(True)
+    others = labels.roll(1, 0)
+    told = torch.cat([labels, labels, others])
     with nets.autocast():
         fake = nets.G(torch.cat([labels, z], 1))
-        logit = nets.D(torch.cat([real, fake.detach()]), labels.repeat(2, 1), logits=True)
-    real_logit, fake_logit = logit.float().chunk(2)
-    loss_d = (F.softplus(-real_logit) + F.softplus(fake_logit)).mean()  # -log D(x) - log(1 - D(G(z)))
+        logit = nets.D(torch.cat([real, fake.detach(), real]), told, logits=True)
+    real_logit, fake_logit, other_logit = logit.float().chunk(3)
+    of_other = F.softplus(other_logit) * (labels != others).any(1, keepdim=True)  # by chance the same class
+    of_fake = (F.softplus(fake_logit) + of_other) / 2  # -log(1 - D(G(z)))
+    loss_d = (F.softplus(-real_logit) + of_fake).mean()  # -log D(x)
     optimise(nets, loss_d, nets.opt_d)
     nets.D.requires_grad_(False)
     with nets.autocast(): fake_logit = nets.D(fake, labels, logits=True).float()

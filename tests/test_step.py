@@ -50,7 +50,7 @@ def batch(script, args, step, dtype=torch.float64, count=6):
     real = torch.rand(count, args.channels, args.size, args.size, generator=generator, dtype=dtype) * 2 - 1
     z = torch.randn(count, script.Z, generator=generator, dtype=dtype)
     told = script is cgan_residual or getattr(args, "conditional", False)
-    return [real, z, F.one_hot(torch.arange(count) % 2, 2).to(dtype)] if told else [real, z]
+    return [real, z, F.one_hot(torch.arange(count) // 2 % 2, 2).to(dtype)] if told else [real, z]
 
 
 def slopes(judge, x):
@@ -73,16 +73,31 @@ def loss_of(logit, target):
     return nn.BCELoss()(logit.sigmoid(), torch.full_like(logit, target))
 
 
-def plain(G, D, opt_g, opt_d, args, view, real, z, *labels):
-    """DCGAN's step as every tutorial has it, told the class or not; returns the losses and the logits."""
-    fake = G(torch.cat([*labels, z], 1))
-
-    def judge(x):
-        return D(x, *labels, logits=True) if labels else D(x)
-    r, f = judge(view(real)), judge(view(fake.detach()))
+def plain(G, D, opt_g, opt_d, args, view, real, z):
+    """DCGAN's step as every tutorial has it; returns the losses and the logits."""
+    fake = G(z)
+    r, f = D(view(real)), D(view(fake.detach()))
     loss_d = loss_of(r, 1.0) + loss_of(f, 0.0)
     learn(opt_d, loss_d)
-    again = judge(view(fake))
+    again = D(view(fake))
+    loss_g = loss_of(again, 1.0)
+    learn(opt_g, loss_g)
+    return loss_d, loss_g, r, again
+
+
+def matching(G, D, opt_g, opt_d, args, _, real, z, labels):
+    """The same, told the class; half of what is fake are real pictures with the label of the one before."""
+    fake = G(torch.cat([labels, z], 1))
+
+    def judge(x, told):
+        return D(x, told, logits=True)
+    r, f = judge(real, labels), judge(fake.detach(), labels)
+    wrong = [loss_of(judge(real[i : i + 1], labels[[i - 1]]), 0.0) for i in range(len(real))
+             if labels[i].argmax() != labels[i - 1].argmax()]
+    assert 0 < len(wrong) < len(real)
+    loss_d = loss_of(r, 1.0) + (loss_of(f, 0.0) + sum(wrong) / len(real)) / 2
+    learn(opt_d, loss_d)
+    again = judge(fake, labels)
     loss_g = loss_of(again, 1.0)
     learn(opt_g, loss_g)
     return loss_d, loss_g, r, again
@@ -109,7 +124,8 @@ def relativistic(G, D, opt_g, opt_d, args, _, real, z):
 
 
 def keras_loop(G, D, opt_g, opt_d, args, _, real, z, *labels):
-    """The Keras loop: the discriminator on real, then on what inference mode makes; then the generator."""
+    """The Keras loop: the discriminator on real, then on what inference mode makes; then the generator. With
+    styles the discriminator learns from both at once, and both from the same pictures."""
     of_real, of_fake, of_g = {
         "bce": (lambda x: loss_of(x, 1.0), lambda x: loss_of(x, 0.0), lambda x: loss_of(x, 1.0)),
         "hinge": (lambda x: (1 - x).clamp(min=0).mean(), lambda x: (1 + x).clamp(min=0).mean(),
@@ -119,22 +135,31 @@ def keras_loop(G, D, opt_g, opt_d, args, _, real, z, *labels):
 
     def judge(x):
         return D(x, *labels, logits=True)
-    G.train(args.recipe != "dense")
-    fake = G(torch.cat([*labels, z], 1)).detach()
-    G.train()
-    r = judge(real)
-    on_real = of_real(r) + (args.gamma / 2 * (slopes(judge, real) ** 2).mean() if args.gamma else 0)
-    learn(opt_d, on_real)
-    f = judge(fake)
-    on_fake = of_fake(f)
-    learn(opt_d, on_fake)
-    loss_g = of_g(judge(G(torch.cat([*labels, torch.randn_like(z)], 1))))
+
+    def penalty():
+        return args.gamma / 2 * (slopes(judge, real) ** 2).mean() if args.gamma else 0
+    if args.recipe == "style":
+        made = G(torch.cat([*labels, z], 1))
+        r, f = judge(real), judge(made.detach())
+        on_real, on_fake = of_real(r) + penalty(), of_fake(f)
+        learn(opt_d, on_real + on_fake)
+    else:
+        fake = G.eval()(torch.cat([*labels, z], 1)).detach()
+        G.train()
+        r = judge(real)
+        on_real = of_real(r) + penalty()
+        learn(opt_d, on_real)
+        f = judge(fake)
+        on_fake = of_fake(f)
+        learn(opt_d, on_fake)
+        made = G(torch.cat([*labels, torch.randn_like(z)], 1))
+    loss_g = of_g(judge(made))
     learn(opt_g, loss_g)
     return (on_real + on_fake) / 2, loss_g, r, f
 
 
 STEPS = [(dcgan, plain, ""), (dcgan, plain, "--augment"), (dcgan, plain, "--recipe classic --channels 1"),
-         (cgan_residual, plain, ""),
+         (cgan_residual, matching, ""),
          *((cspup128, relativistic, more) for more in (
              "", "--gamma 0", "--scheme exact --d-every 2", "--loss hinge --d-every 3",
              "--loss bce --up deconv")),
