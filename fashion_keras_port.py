@@ -93,27 +93,27 @@ class Generator(nn.Sequential):
                          nn.Unflatten(1, (1, 28, 28)))
 
 class StyleGenerator(nn.Module):
-    """The same by 3x3 convolutions of a learnt start, whose inputs a style scales and whose outputs are
-    brought back to deviation 1 (Karras et al. 2020); each adds its grey to the picture."""
+    """The same by convolutions of a learnt start, the last two doubling, whose inputs a style scales and
+    whose outputs are brought back to one deviation (Karras et al. 2020); each adds grey to the picture."""
     def __init__(self, width=16, classes=0):
         super().__init__()
         w, leaky = width, functools.partial(nn.LeakyReLU, 0.2)
         self.map = nn.Sequential(nn.Linear(classes + Z, 128), leaky(), nn.Linear(128, 128), leaky())
         self.start, self.noise = nn.Parameter(torch.randn(1, 4 * w, 7, 7)), nn.Parameter(torch.zeros(3))
         self.styles = nn.ModuleList(nn.Linear(128, c) for c in (4 * w, 4 * w, 2 * w))
-        self.convs = nn.ModuleList(nn.Conv2d(c * w, d * w, 3, padding=1) for c, d in ((4, 4), (4, 2), (2, 1)))
+        self.convs = nn.ModuleList(nn.ConvTranspose2d(c * w, d * w, size, size - 2, 1)  # 4x4 ones double
+                                   for c, d, size in ((4, 4, 3), (4, 2, 4), (2, 1, 4)))
         self.greys = nn.ModuleList(nn.Conv2d(c, 1, 1) for c in (4 * w, 2 * w, w))
 
     def forward(self, z):
-        latent, x, picture = self.map(z), self.start.expand(z.shape[0], -1, -1, -1), 0
-        for i, style, conv, grey in zip(range(3), self.styles, self.convs, self.greys):
+        latent, x, picture = self.map(z), self.start.expand(z.shape[0], -1, -1, -1), z.new_zeros(1, 1, 7, 7)
+        for noise, style, conv, grey in zip(self.noise, self.styles, self.convs, self.greys):
             scale = 1 + style(latent)  # N,c_in
-            deviation = (scale.square() @ conv.weight.square().sum((2, 3)).T + 1e-8).sqrt()  # N,c_out
-            x = F.interpolate(x, 7 << i, mode="bilinear") * scale[..., None, None]
-            x = F.conv2d(x, conv.weight, padding=1) / deviation[..., None, None]
-            if self.training: x = x + self.noise[i] * torch.randn_like(x[:, :1])
-            x = F.leaky_relu(x + conv.bias[:, None, None], 0.2) * 2**0.5  # N,64,7,7; N,32,14,14; N,16,28,28
-            picture = picture + F.interpolate(grey(x), (28, 28), mode="bilinear")
+            power = scale.square() @ conv.weight.square().sum((2, 3)) / conv.stride[0] ** 2  # N,c_out
+            x = x * scale[..., None, None]
+            if self.training: x = x + noise * torch.randn_like(x[:, :1])
+            x = F.leaky_relu(conv(x) * (2 / (power + 1e-8)).sqrt()[..., None, None], 0.2)  # to N,16,28,28
+            picture = F.interpolate(picture, x.shape[2:], mode="bilinear") + grey(x)
         return picture.tanh()
 
 class Discriminator(nn.Module):
@@ -187,27 +187,27 @@ LOSSES = {  # of logits (N,1) that are to say that pictures are `real`, or not; 
     "lsgan": lambda x, real: (x - int(real)).square().mean()}
 
 def train_step(nets, args, real, z, *labels):
-    """A step on real (N,1,28,28), z (N,100) and, if --conditional, one-hot labels (N,10): the
-    discriminator's on real, then on made pictures (dense: in inference mode, as in the Keras loop), the
-    generator's from noise of its own. Returns the losses and the discriminator's logits."""
+    """A step on real (N,1,28,28), z (N,100) and, if --conditional, one-hot labels (N,10). dense, as Keras's
+    loop: the discriminator's on real, then on pictures made in inference mode, the generator's from noise of
+    its own; style: one of each, on the same pictures. Returns losses and the discriminator's logits."""
     def judge(x):
         with nets.autocast(): return nets.D(x, *labels, logits=True).float()
-    loss_of = LOSSES[args.loss]
+    loss_of, dense = LOSSES[args.loss], args.recipe == "dense"
     nets.D.requires_grad_(True)
-    nets.G.train(args.recipe != "dense")
-    with torch.no_grad(), nets.autocast(): fake = nets.G(torch.cat([*labels, z], 1)).float()
-    nets.G.train()
+    nets.G.train(not dense)
+    with torch.set_grad_enabled(not dense), nets.autocast(): made = nets.G(torch.cat([*labels, z], 1))
     real_logit = judge(real.requires_grad_(args.gamma > 0))
     of_real = loss_of(real_logit, True)
     if args.gamma:
         (slope,) = torch.autograd.grad(real_logit.sum(), real, create_graph=True)
         of_real = of_real + args.gamma / 2 * slope.square().sum((1, 2, 3)).mean()
-    optimise(nets, of_real, nets.opt_d)
-    fake_logit = judge(fake)
+    if dense: optimise(nets, of_real, nets.opt_d)
+    fake_logit = judge(made.detach())
     of_fake = loss_of(fake_logit, False)
-    optimise(nets, of_fake, nets.opt_d)
+    optimise(nets, of_fake if dense else of_real + of_fake, nets.opt_d)
     nets.D.requires_grad_(False)
-    with nets.autocast(): made = nets.G(torch.cat([*labels, torch.randn_like(z)], 1))
+    if dense:
+        with nets.autocast(): made = nets.G.train()(torch.cat([*labels, torch.randn_like(z)], 1))
     logit = judge(made)
     loss_g = -logit.mean() if args.loss == "hinge" else loss_of(logit, True)
     optimise(nets, loss_g, nets.opt_g)

@@ -56,8 +56,8 @@ JUDGE = 16 * 16 + 16 + 512 * 16 + 32 + 9 * 32 * 64 + 64 + 1024 * 256 + 256 + 256
 def of_style(w, classes):
     """`--arch style` counted by hand: mapping, start, per block a style, a convolution, noise, bias, grey."""
     g = (classes + 100) * 128 + 128 + 128 * 128 + 128 + 4 * w * 49
-    for a, b in (4 * w, 4 * w), (4 * w, 2 * w), (2 * w, w):
-        g += 129 * a + 9 * a * b + 1 + b + b + 1
+    for a, b, taps in (4 * w, 4 * w, 9), (4 * w, 2 * w, 16), (2 * w, w, 16):
+        g += 129 * a + taps * a * b + 1 + b + b + 1
     return g
 
 
@@ -222,17 +222,21 @@ def test_a_label_decides_on_pictures_and_on_verdicts(script, flags):
 
 
 def test_styled_convolutions_are_the_papers():
-    """Weights scaled by the style and brought to length 1, for each picture (Karras et al. 2020)."""
+    """Weights scaled by the style and brought to one length, for each picture (Karras et al. 2020): to root 2,
+    which LeakyReLU halves, over the taps that a pixel sees, a quarter of them where the picture doubles."""
     G, z = randomised(fashion_keras_port.StyleGenerator(2, 3)).eval(), torch.randn(3, 103)
     expected = []
     for latent in G.map(z):
-        x, picture = G.start, 0
-        for layer, style, grey in zip(G.convs, G.styles, G.greys):
-            weight = layer.weight * (1 + style(latent))[None, :, None, None]
-            weight = weight / (weight.square().sum((1, 2, 3), keepdim=True) + 1e-8).sqrt()
-            if layer is not G.convs[0]: x = F.interpolate(x, scale_factor=2, mode="bilinear")
-            x = F.leaky_relu(F.conv2d(x, weight, layer.bias, padding=1), 0.2) * 2**0.5
-            picture = picture + F.interpolate(grey(x), size=28, mode="bilinear")
+        x, picture = G.start, torch.zeros(1, 1, 7, 7)
+        for i, (layer, style, grey) in enumerate(zip(G.convs, G.styles, G.greys)):
+            weight = layer.weight * (1 + style(latent))[:, None, None, None]  # c_in,c_out,kernel,kernel
+            seen = weight.square().sum((0, 2, 3)) / (4 if i else 1)
+            length = (2 / (seen + 1e-8)).sqrt()
+            x = F.conv_transpose2d(x, weight * length[None, :, None, None], layer.bias * length,
+                                   stride=2 if i else 1, padding=1)
+            x = F.leaky_relu(x, 0.2)
+            if i: picture = F.interpolate(picture, scale_factor=2, mode="bilinear")
+            picture = picture + grey(x)
         expected.append(picture.tanh())
     torch.testing.assert_close(G(z), torch.cat(expected), rtol=1e-4, atol=1e-4)
     assert G(z).std() > 0.03 and G(z).abs().max() < 0.99  # where tanh tells values apart
