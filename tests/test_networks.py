@@ -222,8 +222,8 @@ def test_a_label_decides_on_pictures_and_on_verdicts(script, flags):
 
 
 def test_styled_convolutions_are_the_papers():
-    """Weights scaled by the style and brought to one length, for each picture (Karras et al. 2020): to root 2,
-    which LeakyReLU halves, over the taps that a pixel sees, a quarter of them where the picture doubles."""
+    """Weights scaled by the style and brought to one length, for each picture (Karras et al. 2020): root 2,
+    as LeakyReLU halves the power, over the taps that a pixel sees, a quarter of them where the size doubles."""
     G, z = randomised(fashion_keras_port.StyleGenerator(2, 3)).eval(), torch.randn(3, 103)
     expected = []
     for latent in G.map(z):

@@ -84,9 +84,9 @@ def by_class(net, made, asked, known, test, classes):
     known, which it has learnt from, and test: (pictures uint8 N,C,H,W, numbers of their classes N).
     """
     (features, found), (real, right) = read(net, made), read(net, test[0])
-    hits = zip(right_shares(found, asked), right_shares(right, test[1]))
+    as_asked, lowest = zip(right_shares(found, asked), right_shares(right, test[1]))
     figures = dict(classifier=[frechet(features, real), frechet(read(net, known[0])[0], real)],
-                   **dict(zip(("as_asked", "lowest_class"), map(list, hits))))
+                   as_asked=[*as_asked], lowest_class=[*lowest])
     for i, name in enumerate(classes):
         figures[f"share of {name}"] = [(part == i).double().mean().item() for part in (found, test[1])]
     return figures
