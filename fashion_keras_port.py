@@ -7,16 +7,32 @@
 The default is the fully connected GAN of many a Keras notebook (Goodfellow et al. 2014), to rounding the same
 mathematics: first weights, batch norm, Adam, loss. Flags add classes, a style-based generator, losses.
 """
+
 # %% [markdown]
 # # Two networks that play against each other
 #
-# The **generator** turns 100 random numbers into a picture of a piece of clothing. It never sees a real one.
-# The **discriminator** is shown pictures, real and made up, and says how likely each is to be real. Each is
+# The **generator** turns 100 random numbers into an image of a piece of clothing. It never sees a real one.
+# The **discriminator** is shown images, real and fake, and says how likely each is to be real. Each is
 # trained on the other's mistakes, so both get better; when it goes well, the discriminator ends up guessing.
 # Run this one file as a script, or open it as a notebook, as each section is a cell.
 
 # %%
-import argparse, copy, functools, glob, json, math, os, random, signal, sys, threading, time, zipfile, zlib
+import argparse
+import contextlib
+import copy
+import functools
+import glob
+import importlib.util
+import inspect
+import json
+import math
+import os
+import random
+import signal
+import sys
+import time
+import zipfile
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,20 +46,64 @@ from torch import nn
 from torchvision.utils import save_image
 from tqdm.auto import tqdm
 
-SCRIPT, Z, PER_ROW = "fashion_keras_port", 100, 10  # numbers of noise; a row of samples
-RECIPES = {  # by --arch: what the Keras original has, and what styles were found to like
-    "dense": dict(width=256, batch_size=32, lr=2e-4, d_lr=2e-4, betas=[0.5, 0.999], ema=0.0, gamma=0.0),
-    "style": dict(width=16, lr=5e-4, d_lr=1e-3, fall=3000, betas=[0.0, 0.99], ema=0.999, gamma=0.3)}
+# %% Settings that are not flags
+# Names run folders and checkpoints: a renamed copy has its own
+SCRIPT = Path(__file__).stem if "__file__" in globals() else "fashion_keras_port"
+Z_DIM = 100  # length of the noise z
+GRID = 10  # rows and columns of a sample grid
+SYNTHETIC = [f"{('Dress', 'Trouser', 'Bag')[i % 3]}/{i}.png" for i in range(4096)]  # for --data synthetic
+LOSSES = "bce", "hinge", "lsgan"
+RECIPES = {  # defaults by --arch: what the Keras original has, and what was found to suit styles
+    "dense": {
+        "width": 256,
+        "batch_size": 32,
+        "gamma": 0.0,
+        "lr": 2e-4,
+        "d_lr": 2e-4,
+        "lr_decay_from": 0,
+        "betas": [0.5, 0.999],
+        "ema": 0.0,
+    },
+    "style": {
+        "width": 16,
+        "batch_size": 64,
+        "gamma": 0.3,
+        "lr": 5e-4,
+        "d_lr": 1e-3,
+        "lr_decay_from": 3000,
+        "betas": [0.0, 0.99],
+        "ema": 0.999,
+    },
+}
+FIXED = "arch", "conditional", "loss", "gamma", "width", "batch_size"  # that a resumed run cannot change
+RENAMED = {"fall": "lr_decay_from", "names": "class_names", "recipe": "arch"}  # in earlier checkpoints
+
+# Interface: parts from "# --- shared" to "# --- end shared", the same in all scripts, use these settings and
+#   make_networks(args): (generator, discriminator);  draw_z(args, count): the generator's input, by --seed
+#   train_step(nets, args, real, z, *labels): {metric: tensor}; captured on CUDA: no Python counter or branch
+#     by value. nets: G, D, ema, opt_g, opt_d, autocast(), step (a tensor); optimise(nets, loss, optimiser)
+#   draw_image(index): of --data synthetic;  prepare(args, pack, names): [] or [labels], numpy float32 N,K
+#   add_flags(parser): flags of this script alone;  flag_defaults(args): defaults that depend on them
+
+
+# --- shared: settings ---
+LOG_EVERY = 10  # steps from row to row of metrics.csv
+SAMPLE_EVERY = 100  # steps from sample grid to sample grid, rounded up to whole epochs
+SMOOTH = 10  # rows of metrics.csv that each point of a curve is the mean of
+GIF_FRAMES = 100  # most frames of evolution.gif
+COLUMNS = "step", "epoch", "seconds", "images", "loss_d", "loss_g", "d_real", "d_fake"  # of earlier versions
+EMA_IMAGES = 256  # that the averaged generator's batch norm statistics are taken over, in 4 batches
+# --- end shared ---
 
 # %% [markdown]
 # ## The two players
 #
-# The generator widens its 100 numbers step by step, 256, 512, 1024, to the 784 pixels of a 28×28 picture;
-# tanh puts them between -1 and 1, as the real pictures are. After each layer comes LeakyReLU and then batch
+# The generator widens its 100 numbers step by step, 256, 512, 1024, to the 784 pixels of a 28×28 image;
+# tanh puts them between -1 and 1, as the real images are. After each layer comes LeakyReLU and then batch
 # norm, which brings each feature to mean 0 and deviation 1 over the batch: without it, deep generators tend
-# to give one picture for any noise. (Both read and write much and compute little, so the extension gan_ops,
+# to give one image for any noise. (Both read and write much and compute little, so the extension gan_ops,
 # where it is installed, makes one operation of them.) The discriminator goes the other way, 784 pixels to
-# 512, 256 and one number. It has no batch norm, so that it judges each picture by itself.
+# 512, 256 and one number. It has no batch norm, so that it judges each image by itself.
 #
 # Keras and PyTorch do not mean the same by the same words. What had to be translated:
 #
@@ -55,495 +115,1059 @@ RECIPES = {  # by --arch: what the Keras original has, and what styles were foun
 # | Adam's `epsilon=1e-7` | is added before the bias correction, not after it: a factor of 32 at first |
 #
 # `--arch style` has convolutions in place of the wide layers: a pixel looks at its neighbours, and far fewer
-# weights draw sharper clothes. It starts from one learnt picture; the noise only says how strong each feature
-# is (Karras et al. 2020). `--conditional` tells both players the class: the generator gets it as ten numbers
+# weights draw sharper clothes. It starts from one learnt image; the noise only says how strong each feature
+# is (Karras et al. 2020). `--conditional` gives both players the class: the generator gets it as ten numbers
 # before the noise, nine 0 and one 1; the discriminator compares its features with a vector for the class
 # (Miyato & Koyama 2018). Who has to make a bag when a bag is asked for cannot forget bags.
 
-# %%
-# --- shared: fused ---
-try:  # the extension of this repository: optional, and a build for another torch can fail in any way
-    import gan_ops
-    assert gan_ops.torch_version == torch.__version__, f"it was built for torch {gan_ops.torch_version}"
-    FUSED, GAN_OPS = gan_ops.devices, f"serves on {' and '.join(gan_ops.devices)}"
-except Exception as error:
-    FUSED, GAN_OPS = (), f"does not serve: {error} (pip install -e . builds it)"
-# --- end shared ---
 
+# %%
 class LeakyReLUBatchNorm(nn.BatchNorm1d):
-    """batch_norm(leaky_relu(x, 0.2)) of N,C as Keras has it: running_var is the batch's own variance."""
-    fused = False  # whether gan_ops does it, as one operation
+    """batch_norm(leaky_relu(x, 0.2)) of N,C as Keras has it: running_var is the batch's plain variance."""
+
+    fused = False  # True: gan_ops does it, as one operation
 
     def forward(self, x):
-        affine, mean, var = (self.weight, self.bias), self.running_mean, self.running_var
-        options, op = (self.training, self.momentum, self.eps), torch.ops.gan_ops
-        if self.fused: return op.leaky_relu_batch_norm(x, *affine, mean, var, *options, 0.2, True)
-        share = 1 - 1 / len(x) if self.training else 1  # of PyTorch's variance that is the batch's own
-        theirs = var / share
-        x = F.batch_norm(F.leaky_relu(x, 0.2), mean, theirs, *affine, *options)
-        if self.training: var.copy_(theirs * share)
+        momentum = self.momentum
+        if momentum is None:  # all batches count alike: torch.optim.swa_utils.update_bn
+            self.num_batches_tracked += 1
+            momentum = 1 / self.num_batches_tracked.item()
+        options = self.training, momentum, self.eps
+        if self.fused:
+            statistics = self.running_mean, self.running_var
+            op = torch.ops.gan_ops.leaky_relu_batch_norm
+            return op(x, self.weight, self.bias, *statistics, *options, 0.2, True)
+        plain_share = 1 - 1 / len(x) if self.training else 1  # (n-1)/n: plain variance over PyTorch's
+        running_var = self.running_var / plain_share
+        x = F.batch_norm(
+            F.leaky_relu(x, 0.2), self.running_mean, running_var, self.weight, self.bias, *options
+        )
+        if self.training:
+            self.running_var.copy_(running_var * plain_share)
         return x
 
+
 class Generator(nn.Sequential):
-    """Noise N,100, after a one-hot label where there are `classes`, to pictures (N,1,28,28) in [-1, 1]."""
+    """Noise N,100, after a one-hot label where there are `classes`, to images (N,1,28,28) in [-1, 1]."""
+
     def __init__(self, width=256, classes=0):
-        w, norm = width, functools.partial(LeakyReLUBatchNorm, momentum=0.2, eps=1e-3)
-        super().__init__(nn.Linear(classes + Z, w), norm(w), nn.Linear(w, 2 * w), norm(2 * w),
-                         nn.Linear(2 * w, 4 * w), norm(4 * w), nn.Linear(4 * w, 784), nn.Tanh(),
-                         nn.Unflatten(1, (1, 28, 28)))
+        layers = []
+        c_in = classes + Z_DIM
+        for c_out in (width, 2 * width, 4 * width):  # N,256; N,512; N,1024
+            layers.append(nn.Linear(c_in, c_out))
+            layers.append(LeakyReLUBatchNorm(c_out, momentum=0.2, eps=1e-3))
+            c_in = c_out
+        super().__init__(*layers, nn.Linear(c_in, 784), nn.Tanh(), nn.Unflatten(1, (1, 28, 28)))
+
 
 class StyleGenerator(nn.Module):
-    """The same by convolutions of a learnt start, the last two doubling, whose inputs a style scales and
-    whose outputs are brought back to one deviation (Karras et al. 2020); each adds grey to the picture."""
+    """The same by convolutions of a learnt start, the last two doubling (Karras et al. 2020).
+
+    A style scales the inputs of each, its outputs are brought back to one deviation, and it adds grey to the
+    image.
+    """
+
     def __init__(self, width=16, classes=0):
         super().__init__()
-        w, leaky = width, functools.partial(nn.LeakyReLU, 0.2)
-        self.map = nn.Sequential(nn.Linear(classes + Z, 128), leaky(), nn.Linear(128, 128), leaky())
-        self.start, self.noise = nn.Parameter(torch.randn(1, 4 * w, 7, 7)), nn.Parameter(torch.zeros(3))
-        self.styles = nn.ModuleList(nn.Linear(128, c) for c in (4 * w, 4 * w, 2 * w))
-        self.convs = nn.ModuleList(nn.ConvTranspose2d(c * w, d * w, size, size - 2, 1)  # 4x4 ones double
-                                   for c, d, size in ((4, 4, 3), (4, 2, 4), (2, 1, 4)))
-        self.greys = nn.ModuleList(nn.Conv2d(c, 1, 1) for c in (4 * w, 2 * w, w))
+        w = width
+        self.map = nn.Sequential(
+            nn.Linear(classes + Z_DIM, 128), nn.LeakyReLU(0.2), nn.Linear(128, 128), nn.LeakyReLU(0.2)
+        )
+        self.start = nn.Parameter(torch.randn(1, 4 * w, 7, 7))
+        self.noise = nn.Parameter(torch.zeros(3))
+        self.styles = nn.ModuleList([nn.Linear(128, 4 * w), nn.Linear(128, 4 * w), nn.Linear(128, 2 * w)])
+        self.convs = nn.ModuleList(
+            [
+                nn.ConvTranspose2d(4 * w, 4 * w, 3, 1, 1),  # N,64,7,7
+                nn.ConvTranspose2d(4 * w, 2 * w, 4, 2, 1),  # N,32,14,14
+                nn.ConvTranspose2d(2 * w, w, 4, 2, 1),  # N,16,28,28
+            ]
+        )
+        self.greys = nn.ModuleList([nn.Conv2d(4 * w, 1, 1), nn.Conv2d(2 * w, 1, 1), nn.Conv2d(w, 1, 1)])
 
     def forward(self, z):
-        latent, x, picture = self.map(z), self.start.expand(z.shape[0], -1, -1, -1), z.new_zeros(1, 1, 7, 7)
+        latent = self.map(z)  # N,128
+        x = self.start.expand(z.shape[0], -1, -1, -1)  # N,64,7,7
+        image = z.new_zeros(1, 1, 7, 7)
         for noise, style, conv, grey in zip(self.noise, self.styles, self.convs, self.greys):
             scale = 1 + style(latent)  # N,c_in
             power = scale.square() @ conv.weight.square().sum((2, 3)) / conv.stride[0] ** 2  # N,c_out
             x = x * scale[..., None, None]
-            if self.training: x = x + noise * torch.randn_like(x[:, :1])
-            x = F.leaky_relu(conv(x) * (2 / (power + 1e-8)).sqrt()[..., None, None], 0.2)  # to N,16,28,28
-            picture = F.interpolate(picture, x.shape[2:], mode="bilinear") + grey(x)
-        return picture.tanh()
+            if self.training:
+                x = x + noise * torch.randn_like(x[:, :1])
+            x = F.leaky_relu(conv(x) * (2 / (power + 1e-8)).sqrt()[..., None, None], 0.2)
+            image = F.interpolate(image, x.shape[2:], mode="bilinear") + grey(x)
+        return image.tanh()  # N,1,28,28
+
 
 class Discriminator(nn.Module):
-    """Pictures (N,1,28,28) to probabilities of being real (N,1), or to logits, to which one-hot labels
-    (N,classes), where there are any, add the features' product with the class's vector."""
+    """Images (N,1,28,28) to probabilities of being real (N,1), or to logits.
+
+    One-hot labels (N,classes), where there are any, add the product of the features and the class's vector.
+    """
+
     def __init__(self, width=256, classes=0, arch="dense"):
         super().__init__()
-        w, leaky = width, functools.partial(nn.LeakyReLU, 0.2)
+        w = width
         if arch == "dense":
-            layers = [nn.Flatten(), nn.Linear(784, 2 * w), leaky(), nn.Linear(2 * w, w), leaky()]
+            layers = [
+                nn.Flatten(),
+                nn.Linear(784, 2 * w),  # N,512
+                nn.LeakyReLU(0.2),
+                nn.Linear(2 * w, w),  # N,256
+                nn.LeakyReLU(0.2),
+            ]
         else:
-            layers = [nn.Conv2d(1, w, 4, 2, 1), leaky(), nn.Conv2d(w, 2 * w, 4, 2, 1), leaky(),  # N,32,7,7
-                      nn.Conv2d(2 * w, 4 * w, 3, 2, 1), leaky(), nn.Flatten(),  # of N,64,4,4
-                      nn.Linear(64 * w, 16 * w), leaky()]
-        self.layers, self.logit = nn.Sequential(*layers), nn.Linear(layers[-2].out_features, 1)
-        self.of_class = nn.Linear(classes, self.logit.in_features, bias=False) if classes else None
+            layers = [
+                nn.Conv2d(1, w, 4, 2, 1),  # N,16,14,14
+                nn.LeakyReLU(0.2),
+                nn.Conv2d(w, 2 * w, 4, 2, 1),  # N,32,7,7
+                nn.LeakyReLU(0.2),
+                nn.Conv2d(2 * w, 4 * w, 3, 2, 1),  # N,64,4,4
+                nn.LeakyReLU(0.2),
+                nn.Flatten(),
+                nn.Linear(64 * w, 16 * w),  # N,256
+                nn.LeakyReLU(0.2),
+            ]
+        features = layers[-2].out_features
+        self.layers = nn.Sequential(*layers)
+        self.logit = nn.Linear(features, 1)
+        self.of_class = None
+        if classes:
+            self.of_class = nn.Linear(classes, features, bias=False)  # a vector for each class
 
     def forward(self, x, labels=None, logits=False):
         features = self.layers(x)  # N,256
-        logit = self.logit(features)
-        if labels is not None: logit = logit + (features * self.of_class(labels)).sum(1, keepdim=True)
-        return logit if logits else logit.sigmoid()  # N,1
+        logit = self.logit(features)  # N,1
+        if labels is not None:
+            logit = logit + (features * self.of_class(labels)).sum(1, keepdim=True)
+        return logit if logits else logit.sigmoid()
+
 
 def make_networks(args):
     """(generator, discriminator) with Keras's initial weights: Glorot-uniform, biases 0."""
-    classes = len(args.names) if args.conditional else 0
-    G = (StyleGenerator if args.recipe == "style" else Generator)(args.width, classes)
-    nets = G, Discriminator(args.width, classes, args.recipe)
-    for name, weight in nn.ModuleList(nets).named_parameters():
-        if name.endswith("bias"): nn.init.zeros_(weight)
-        elif name.endswith("weight") and weight.ndim > 1: nn.init.xavier_uniform_(weight)
-    return nets
+    classes = len(args.class_names) if args.conditional else 0
+    G = StyleGenerator(args.width, classes) if args.arch == "style" else Generator(args.width, classes)
+    D = Discriminator(args.width, classes, args.arch)
+    for name, weight in (*G.named_parameters(), *D.named_parameters()):
+        if name.endswith("bias"):
+            nn.init.zeros_(weight)
+        elif name.endswith("weight") and weight.ndim > 1:
+            nn.init.xavier_uniform_(weight)
+    return G, D
 
-class Optimiser(torch.optim.Adam):
+
+class KerasAdam(torch.optim.Adam):
     """Keras's Adam: eps 1e-7 is added before the bias correction, which goes into the learning rate."""
+
     def step(self, closure=None):
         group = self.param_groups[0]
-        rate, (beta1, beta2) = group["lr"], group["betas"]
-        for p in () if self.state else group["params"]:  # counting from 1e5, where PyTorch's correction is 1
-            m, v, step = torch.zeros_like(p), torch.zeros_like(p), torch.tensor(1e5, device=p.device)
-            self.state[p] = dict(exp_avg=m, exp_avg_sq=v, step=step)
+        lr = group["lr"]
+        beta1, beta2 = group["betas"]
+        if not self.state:
+            for p in group["params"]:  # counting from 1e5, where PyTorch's own correction is 1
+                step = torch.tensor(1e5, device=p.device)
+                self.state[p] = {
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                    "step": step,
+                }
         step = self.state[group["params"][0]]["step"] - 99_999
-        if not group["capturable"]: step = step.item()  # where no graph needs a tensor, in float64
-        group.update(eps=1e-7, lr=rate * (1 - beta2**step) ** 0.5 / (1 - beta1**step))
+        if not group["capturable"]:
+            step = step.item()  # where no graph needs a tensor, in float64
+        group.update(eps=1e-7, lr=lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step))
         super().step(closure)
-        group["lr"] = rate
+        group["lr"] = lr
+
+
+Optimiser = KerasAdam
 
 # %% [markdown]
 # ## The two losses, and why labels are flipped
 #
 # The discriminator answers a question with two answers, so its loss is binary cross-entropy: -log p for a
-# real picture, -log(1 - p) for a made one, where p is its probability of "real". It learns from a batch of
-# real pictures, then from a batch of made ones, as the Keras loop calls `train_on_batch` twice.
+# real image, -log(1 - p) for a fake one, where p is its probability of "real". It learns from a batch of
+# real images, then from a batch of fake ones, as the Keras loop calls `train_on_batch` twice.
 #
 # The generator wants the opposite. It could be trained to make log(1 - p) small, but as long as the
 # discriminator sees through it, p is near 0 and that curve is flat: there is nothing to learn from. So the
-# labels are flipped: its pictures are given the label "real", and its loss is -log p, steep just where it is
+# labels are flipped: its images are given the label "real", and its loss is -log p, steep just where it is
 # worst. The discriminator stands still; only its opinion is passed back to the generator's weights.
 #
-# What collapse looks like: the generator finds a few pictures that pass, and makes only these. The grids show
+# What collapse looks like: the generator finds a few images that pass, and makes only these. The grids show
 # one sneaker, whatever the noise; its loss jumps as the discriminator learns it and a shirt comes next.
 #
-# Other losses score pictures instead of giving probabilities: `hinge` asks for scores beyond 1 and -1 and no
-# further (Lim & Ye 2017), `lsgan` for scores of 1 and 0 (Mao et al. 2017). `--gamma` penalises any slope at
-# real pictures, so that the discriminator stays calm where it is right (R1, Mescheder et al. 2018).
+# Other losses score images instead of giving probabilities: `hinge` asks for scores beyond 1 and -1 and no
+# further (Lim & Ye 2017), `lsgan` for scores of 1 and 0 (Mao et al. 2017). `--gamma` penalises any gradient
+# at real images, so that the discriminator stays calm where it is right (R1, Mescheder et al. 2018).
+
 
 # %%
-LOSSES = {  # of logits (N,1) that are to say that pictures are `real`, or not; Keras clips probabilities
-    "bce": lambda x, real: -(x.sigmoid().clamp(1e-7, 1 - 1e-7) + (real - 1)).abs().log().mean(),  # p, 1 - p
-    "hinge": lambda x, real: F.relu(1 - x if real else 1 + x).mean(),
-    "lsgan": lambda x, real: (x - int(real)).square().mean()}
+def adversarial_loss(loss, logit, real):
+    """The --loss of logits (N,1) that are to say that images are `real`, or that they are not."""
+    if loss == "bce":
+        p = logit.sigmoid().clamp(1e-7, 1 - 1e-7)  # as Keras clips it
+        return -(p + (real - 1)).abs().log().mean()  # of p or of 1 - p
+    if loss == "hinge":
+        return F.relu(1 - logit if real else 1 + logit).mean()
+    return (logit - int(real)).square().mean()  # lsgan
+
+
+def r1_penalty(args, logit, images):
+    """gamma / 2 times the mean squared gradient of the logits with respect to the images."""
+    if args.gamma == 0:
+        return 0
+    (gradient,) = torch.autograd.grad(logit.sum(), images, create_graph=True)
+    return args.gamma / 2 * gradient.square().sum((1, 2, 3)).mean()
+
 
 def train_step(nets, args, real, z, *labels):
-    """A step on real (N,1,28,28), z (N,100) and, if --conditional, one-hot labels (N,10). dense, as Keras's
-    loop: the discriminator's on real, then on pictures made in inference mode, the generator's from noise of
-    its own; style: one of each, on the same pictures. Returns losses and the discriminator's logits."""
-    def judge(x):
-        with nets.autocast(): return nets.D(x, *labels, logits=True).float()
-    loss_of, dense = LOSSES[args.loss], args.recipe == "dense"
+    """A step on real images (N,1,28,28), z (N,100), if --conditional one-hot labels (N,10); returns metrics.
+
+    dense, as Keras's loop: the discriminator's step on real images, then its step on fake ones, made in
+    inference mode, then the generator's from noise of its own; style: one step of each, on the same images.
+    """
+    dense = args.arch == "dense"
+
     nets.D.requires_grad_(True)
     nets.G.train(not dense)
-    with torch.set_grad_enabled(not dense), nets.autocast(): made = nets.G(torch.cat([*labels, z], 1))
-    real_logit = judge(real.requires_grad_(args.gamma > 0))
-    of_real = loss_of(real_logit, True)
-    if args.gamma:
-        (slope,) = torch.autograd.grad(real_logit.sum(), real, create_graph=True)
-        of_real = of_real + args.gamma / 2 * slope.square().sum((1, 2, 3)).mean()
-    if dense: optimise(nets, of_real, nets.opt_d)
-    fake_logit = judge(made.detach())
-    of_fake = loss_of(fake_logit, False)
-    optimise(nets, of_fake if dense else of_real + of_fake, nets.opt_d)
-    nets.D.requires_grad_(False)
+    with torch.set_grad_enabled(not dense), nets.autocast():
+        fake = nets.G(torch.cat([*labels, z], 1))
+    real.requires_grad_(args.gamma > 0)
+    with nets.autocast():
+        real_logit = nets.D(real, *labels, logits=True).float()
+    loss_real = adversarial_loss(args.loss, real_logit, True) + r1_penalty(args, real_logit, real)
     if dense:
-        with nets.autocast(): made = nets.G.train()(torch.cat([*labels, torch.randn_like(z)], 1))
-    logit = judge(made)
-    loss_g = -logit.mean() if args.loss == "hinge" else loss_of(logit, True)
+        optimise(nets, loss_real, nets.opt_d)
+    with nets.autocast():
+        fake_logit = nets.D(fake.detach(), *labels, logits=True).float()
+    loss_fake = adversarial_loss(args.loss, fake_logit, False)
+    optimise(nets, loss_fake if dense else loss_real + loss_fake, nets.opt_d)
+
+    nets.D.requires_grad_(False)
+    nets.G.train()
+    with nets.autocast():
+        if dense:
+            fake = nets.G(torch.cat([*labels, torch.randn_like(z)], 1))
+        logit = nets.D(fake, *labels, logits=True).float()
+    loss_g = -logit.mean() if args.loss == "hinge" else adversarial_loss(args.loss, logit, True)
     optimise(nets, loss_g, nets.opt_g)
-    return (of_real + of_fake) / 2, loss_g, real_logit, fake_logit
+
+    loss_d = (loss_real + loss_fake) / 2
+    d_real = real_logit.sigmoid().mean()
+    d_fake = fake_logit.sigmoid().mean()
+    return {"loss_d": loss_d, "loss_g": loss_g, "d_real": d_real, "d_fake": d_fake}
+
 
 # %% [markdown]
-# ## The pictures
+# ## The images
 #
 # 60,000 pieces of clothing in ten classes, 28×28 grey pixels each. They are decoded once and kept as bytes; a
 # batch is brought from 0..255 to -1..1 as it is used, because that is what tanh can reach. Each epoch goes
 # through all of them in a new order that follows from the seed, so the same command gives the same run.
 
-# %%
-CLOTHES = {"Dress": [(13, 16), (11, 44), (32, 96)], "Trouser": [(20, 16), (24, 98), (7, 98), (0, 38)],
-           "Bag": [(11, 20), (18, 46), (42, 46), (38, 96)]}  # right halves of outlines: from the middle, top
-DRAWN = [f"{[*CLOTHES][i % 3]}/{i}.png" for i in range(4096)]  # the pictures of --data synthetic
-settle = lambda args, pack, names: [labels_of(args, names)] if args.conditional else []  # labels
 
-def draw_picture(index):
+# %%
+def draw_image(index):
     """Piece of clothing number `index` of --data synthetic: a dress, trousers or a bag."""
-    rng, image, half = random.Random(index), Image.new("L", (112, 112)), [*CLOTHES.values()][index % 3]
-    points, wide = half + [(-x, y) for x, y in reversed(half)], rng.uniform(0.85, 1.2)
-    ImageDraw.Draw(image).polygon([(56 + x * wide, y) for x, y in points], rng.randint(110, 255))
+    right_halves = (  # of outlines, from the middle: right, down
+        [(13, 16), (11, 44), (32, 96)],
+        [(20, 16), (24, 98), (7, 98), (0, 38)],
+        [(11, 20), (18, 46), (42, 46), (38, 96)],
+    )
+    rng = random.Random(index)
+    image = Image.new("L", (112, 112))
+    half = right_halves[index % 3]
+    points = half + [(-x, y) for x, y in reversed(half)]
+    width = rng.uniform(0.85, 1.2)
+    ImageDraw.Draw(image).polygon([(56 + x * width, y) for x, y in points], rng.randint(110, 255))
     return image.rotate(rng.uniform(-6, 6), Image.BILINEAR)
 
+
+def prepare(args, pack, names):
+    """[labels] that stand beside the images in each batch, if --conditional."""
+    return [labels_of(args, names)] if args.conditional else []
+
+
 def draw_z(args, count):
-    """What the generator makes `count` pictures from, the same for each --seed: labels, if any, and z."""
-    if args.labels and not args.conditional: fail("--labels is for a model trained with --conditional")
-    z = torch.randn(count, Z, generator=torch.Generator().manual_seed(args.seed))
-    return torch.cat([asked_labels(args, count), z], 1) if args.conditional else z
+    """The generator's input for `count` images, the same for each --seed: labels, if any, and z."""
+    z = torch.randn(count, Z_DIM, generator=torch.Generator().manual_seed(args.seed))
+    if args.conditional:
+        return torch.cat([chosen_labels(args, count), z], 1)
+    if args.labels:
+        fail("--labels is for a model trained with --conditional")
+    return z
+
 
 # --- shared: classes ---
 def labels_of(args, names):
-    """One-hot labels, float32 N,classes, by the one folder in each picture's name that is a class, as in
-    args.names: one of --classes; without these, a folder that not all pictures are in."""
-    paths = [name.split("/")[:-1] for name in names]
-    kinds = set(args.classes) or set().union(*paths).difference(set.intersection(*map(set, paths)))
-    found = ["/".join(folder for folder in path if folder in kinds) for path in paths]
-    counts = Counter(sorted(found))
-    if len(counts) < 2 or any(not kind or "/" in kind for kind in counts):
-        fail(f"--data {args.data}: which are the classes? It has {dict(counts)}; name them with --classes")
-    if args.names not in (None, [*counts]): fail(f"the model's classes are {args.names}, not {[*counts]}")
-    args.names = list(counts)
-    print(f"classes: {dict(counts)}")
-    return np.eye(len(counts), dtype=np.float32)[[args.names.index(kind) for kind in found]]
+    """One-hot labels, float32 N,classes, by the one folder in each image's name that is a class.
 
-def asked_labels(args, count):
-    """One-hot labels for `count` pictures in order, count,classes: as many of each of --labels, or of all."""
-    numbers = range(len(args.names))
-    known = dict(zip(map(str, numbers), numbers)) | {name.lower(): i for i, name in enumerate(args.names)}
-    wanted = [known.get(w.strip().lower()) for w in args.labels.split(",")] if args.labels else numbers
-    if None in wanted: fail(f"--labels {args.labels}: the model has {', '.join(args.names)}")
-    return F.one_hot(torch.tensor(wanted)[torch.arange(count) * len(wanted) // count], len(numbers)).float()
+    Classes are --classes or, without these, the folders that not all images are in; args.class_names is set.
+    """
+    paths = [name.split("/")[:-1] for name in names]
+    folders = set(args.classes) or set().union(*paths) - set.intersection(*map(set, paths))
+    found = ["/".join(folder for folder in path if folder in folders) for path in paths]
+    counts = dict(sorted(Counter(found).items()))
+    class_names = list(counts)
+    if len(counts) < 2 or any(not name or "/" in name for name in class_names):
+        fail(f"--data {args.data}: which are the classes? It has {counts}; name them with --classes")
+    if args.class_names not in (None, class_names):
+        fail(f"the model's classes are {args.class_names}, not {class_names}")
+    args.class_names = class_names
+    print(f"classes: {counts}")
+    return np.eye(len(counts), dtype=np.float32)[[class_names.index(name) for name in found]]
+
+
+def chosen_labels(args, count):
+    """One-hot labels for `count` images in order, count,classes: as many of each of --labels, or of all."""
+    numbers = list(range(len(args.class_names)))
+    if args.labels:
+        known = {str(i): i for i in numbers} | {name.lower(): i for i, name in enumerate(args.class_names)}
+        numbers = [known.get(word.strip().lower()) for word in args.labels.split(",")]
+        if None in numbers:
+            fail(f"--labels {args.labels}: the model has {', '.join(args.class_names)}")
+    labels = torch.tensor(numbers)[torch.arange(count) * len(numbers) // count]
+    return F.one_hot(labels, len(args.class_names)).float()
+
+
 # --- end shared ---
 
-# --- shared: data and training ---
-def fail(message):
-    """End with one line, for what the user can mend."""
-    print("error:", *str(message).split("\n"), file=sys.stderr)
-    raise SystemExit(2)
 
-def find_pictures(data, root):
-    """{name: (what changes whenever the file does, function that opens it)} of --data."""
+# --- shared: data ---
+def fail(message):
+    """End with one line, which main() prints: for what can be put right without changing the code."""
+    raise SystemExit("error: " + " ".join(str(message).split("\n")))
+
+
+def download(dataset, root):
+    """A dataset of torchvision's below `root`, downloaded where it is not there yet."""
+    try:
+        return dataset(root, download=True)
+    except Exception as error:  # no network, a quota that is used up: it can raise anything
+        name = dataset.__name__
+        fail(f"{name} is not in --root {root} (put files such as img_align_celeba.zip there), and: {error}")
+
+
+def find_celeba(root):
+    """The folder img_align_celeba or its .zip below `root` or in Kaggle's input folders, else downloaded."""
+    for folder in glob.escape(root), "/kaggle/input":
+        for path in sorted(glob.glob(f"{folder}/**/img_align_celeba*", recursive=True)):
+            if path.endswith(("celeba", ".zip")):
+                return Path(path)
+    download(torchvision.datasets.CelebA, root)
+    return Path(root, "celeba", "img_align_celeba")
+
+
+def find_images(data, root):
+    """{name: (something that changes with the file, function that opens it)} of --data; as cat/1.png."""
     if data == "synthetic":
-        return {name: (SCRIPT, functools.partial(draw_picture, i)) for i, name in enumerate(DRAWN)}
-    if kind := dict(mnist="MNIST", fashion="FashionMNIST").get(data):
-        found = getattr(torchvision.datasets, kind)(root, download=True)  # where it is not there yet
-        folders = [name.split(" - ")[0].replace("/", " or ") for name in found.classes]
-        return {f"{folders[k]}/{i}.png": (data, image.copy) for i, (image, k) in enumerate(found)}
-    path = Path(data).expanduser()
-    if data == "celeba":
-        places = [f"{at}/**/img_align_celeba{end}" for at in (root, "/kaggle/input") for end in ("", ".zip")]
-        if not any(glob.glob(place, recursive=True) for place in places):
-            torchvision.datasets.CelebA(root, download=True)
-        path = Path(next(file for place in places for file in glob.glob(place, recursive=True)))
-    if path.is_dir():  # links to folders, which can lead back up, are not followed, but named as left out
-        tree = {f.relative_to(path).as_posix(): f for f in path.rglob("*") if f.is_file() or f.is_symlink()}
-        return {n: (f.is_file() and f.stat().st_mtime_ns, lambda f=f: Image.open(f)) for n, f in tree.items()}
-    archive = zipfile.ZipFile(path)
-    return {i.filename: (i.CRC, lambda i=i: Image.open(archive.open(i))) for i in archive.infolist()}
+        return {name: (None, functools.partial(draw_image, i)) for i, name in enumerate(SYNTHETIC)}
+    if data in ("mnist", "fashion"):
+        kind = torchvision.datasets.MNIST if data == "mnist" else torchvision.datasets.FashionMNIST
+        dataset = download(kind, root)
+        folders = [name.split(" - ")[0].replace("/", " or ") for name in dataset.classes]
+        return {f"{folders[k]}/{i}.png": (data, image.copy) for i, (image, k) in enumerate(dataset)}
+    path = find_celeba(root) if data == "celeba" else Path(data).expanduser()
+    found = {}
+    if path.is_dir():
+        for file in path.rglob("*"):  # links to folders can lead back up: not followed, but named as left out
+            if file.is_file() or file.is_symlink():
+                changed = file.is_file() and file.stat().st_mtime_ns
+                found[file.relative_to(path).as_posix()] = changed, functools.partial(Image.open, file)
+    elif zipfile.is_zipfile(path):
+        archive = zipfile.ZipFile(path)
+        for info in archive.infolist():
+            found[info.filename] = info.CRC, lambda info=info: Image.open(archive.open(info))
+    else:
+        fail(f"--data {data} is none of: a folder, a .zip, synthetic, mnist, fashion, celeba")
+    return found
+
+
+def open_image(opener, size):
+    """The image that opener() gives, decoded, upright, RGB or RGBA; ValueError if it has several pages."""
+    image = opener()
+    if image.format == "TIFF" and image.n_frames > 1:
+        raise ValueError(f"it has {image.n_frames} pages")
+    image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at a fraction of its size
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":  # 16 bits, of which 12 may be in use, or numbers up to 1
+        values = np.nan_to_num(np.asarray(image, np.float32)).clip(0, 65535)
+        white = next(top for top in (1, 255, 4095, 65535) if top >= values.max())
+        image = Image.fromarray(np.uint8(values * 255 / white))
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
 
 def square(image, size, channels):
-    """A PIL picture as uint8 size,size,channels: its middle; if parts are transparent, all of it on white."""
-    assert image.format != "TIFF" or image.n_frames == 1, f"it has {image.n_frames} pages"
-    image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at a fraction of its size
-    image, mode = ImageOps.exif_transpose(image), "L" if channels == 1 else "RGB"
-    if image.mode[0] in "IF":  # grey of 16 bits, of which 12 may be in use, or of numbers up to 1
-        values, tops = np.asarray(image, np.float32).clip(0, 65535), (1, 255, 4095, 65535)
-        image = Image.fromarray(np.uint8(values * 255 / next(top for top in tops if top >= values.max())))
-    if image.has_transparency_data and (image := image.convert("RGBA")).getextrema()[3][0] < 255:
+    """An image as uint8 size,size,channels: its middle or, if parts are transparent, all of it on white."""
+    if image.mode == "RGBA" and image.getextrema()[3][0] < 255:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = ImageOps.pad(image, (size, size), Image.BILINEAR, color="white")
-    return np.asarray(ImageOps.fit(image.convert(mode), (size, size), Image.BILINEAR)).reshape(size, size, -1)
+    image = image.convert("L" if channels == 1 else "RGB")
+    return np.asarray(ImageOps.fit(image, (size, size), Image.BILINEAR)).reshape(size, size, -1)
 
-def load_pack(args):
-    """The pictures of --data, uint8 N,size,size,channels, memory-mapped, and their names; decoded once."""
-    try:
-        found = find_pictures(args.data, args.root)
-    except Exception as error:  # not there, no network, a used up quota, cut short, another kind of archive
-        fail(f"--data {args.data}: {error}; it is a folder, a .zip, synthetic, mnist, fashion or celeba, "
-             f"whose img_align_celeba.zip belongs into --root {args.root} where the download fails")
-    names = sorted(n for n in found if n[-1] != "/" and "/." not in f"/{n}" and "__MACOSX" not in n)
-    folders = {folder for n in names for folder in n.split("/")[:-1]}
-    if not names or set(args.classes) - folders:
-        fail(f"{args.data} has no pictures in {args.classes or 'it'}; folders, not links: {sorted(folders)}")
-    names = [n for n in names if not args.classes or set(n.split("/")[:-1]) & set(args.classes)]
-    key = zlib.crc32(repr([args.channels, [(n, found[n][0]) for n in names]]).encode())
-    path = Path(args.root, ".packed", f"{Path(args.data).resolve().stem}-{args.size}-{key:08x}.npy")
-    report, left_out, shape = path.with_suffix(".json"), {}, (len(names), args.size, args.size, args.channels)
+
+def pack_images(path, openers, args):
+    """Decode images, {name: opener}, into the .npy `path`, and name those left out in a .json beside it."""
+    left_out = {}
 
     def decode(name):
         try:
-            return square(found[name][1](), args.size, args.channels).tobytes()
-        except Exception as error:  # no picture, or a broken one, which can raise anything
+            image = open_image(openers[name], args.size)
+        except Exception as error:  # a broken file can raise anything
+            if args.data == "synthetic" or isinstance(error, NameError):
+                raise  # a mistake in this script
             left_out[name] = str(error)
+            return b""
+        return square(image, args.size, args.channels).tobytes()
 
-    def pack(part):
-        with open(part, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as threads:
-            np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=shape))
-            end = file.tell() + math.prod(shape)  # empty rows stand there for pictures left out
-            file.writelines(filter(None, tqdm(threads.map(decode, names), "packing", len(names), unit="img")))
-            file.truncate(end)
-        write(report, lambda part: part.write_text(json.dumps(left_out, indent=1)))
-    if not path.exists(): write(path, pack)
-    if left_out := json.loads(report.read_text()):
-        print(f"left out, see {report}: {dict(Counter(Path(n).suffix.lower() for n in left_out))}")
-    names = [n for n in names if n not in left_out]
+    shape = len(openers), args.size, args.size, args.channels
+    with replacing(path) as part:
+        with open(part, "wb") as file, ThreadPoolExecutor() as threads:
+            np.lib.format.write_array_header_1_0(
+                file, {"descr": "|u1", "fortran_order": False, "shape": shape}
+            )
+            end = file.tell() + math.prod(shape)
+            for pixels in tqdm(threads.map(decode, openers), "packing", len(openers), unit="img"):
+                file.write(pixels)
+            file.truncate(end)  # images left out leave as many empty rows at the end
+        with replacing(path.with_suffix(".json")) as report:
+            report.write_text(json.dumps(left_out, indent=1))
+
+
+def source_of(*functions):
+    """Their source, or None where Python keeps none, as in exec()."""
+    with contextlib.suppress(OSError):
+        return [inspect.getsource(function) for function in functions]
+
+
+def load_pack(args):
+    """The images of --data, uint8 N,size,size,channels, memory-mapped, and their names; decoded once."""
+    found = find_images(args.data, args.root)
+    names = sorted(n for n in found if n[-1] != "/" and "/." not in f"/{n}" and "__MACOSX" not in n)
+    folders = {folder for name in names for folder in name.split("/")[:-1]}
+    if not names or set(args.classes) - folders:
+        fail(f"{args.data} has no images in {args.classes or 'it'}; folders, not links: {sorted(folders)}")
+    if args.classes:
+        names = [name for name in names if set(name.split("/")[:-1]) & set(args.classes)]
+
+    code = source_of(draw_image, open_image, square, pack_images)  # what decides the pixels
+    key = zlib.crc32(repr([args.channels, [(name, found[name][0]) for name in names], code]).encode())
+    path = Path(args.root, ".packed", f"{Path(args.data).resolve().stem}-{args.size}-{key:08x}.npy")
+    if not path.exists():
+        pack_images(path, {name: found[name][1] for name in names}, args)
+    report = path.with_suffix(".json")
+    left_out = json.loads(report.read_text())
+    if left_out:
+        print(f"left out, see {report}: {dict(Counter(Path(name).suffix.lower() for name in left_out))}")
+        if len(left_out) == len(names):
+            fail(f"--data {args.data}: 0 images in {len(names)} files, as {names[0]}: {left_out[names[0]]}")
+    names = [name for name in names if name not in left_out]
     return np.load(path, mmap_mode="c")[: len(names)], names
+
 
 def batches(arrays, args, device, step):
     """Yield batches after `step` on the device, rows of each array, in an order that follows from --seed."""
-    arrays, steps = [torch.from_numpy(array) for array in arrays], len(arrays[0]) // args.batch_size
+    arrays = [torch.from_numpy(array) for array in arrays]
+    steps_per_epoch = len(arrays[0]) // args.batch_size
     if device.type == "cuda" and arrays[0].nbytes < torch.cuda.mem_get_info()[0] / 2:
         arrays = [array.to(device) for array in arrays]
     while True:
-        order = np.random.default_rng([args.seed, step // steps]).permutation(len(arrays[0]))
-        rows = torch.from_numpy(order).to(arrays[0].device).split(args.batch_size)[step % steps : steps]
-        yield from ([array[numbers].to(device) for array in arrays] for numbers in rows)
-        step += len(rows)
+        epoch, done = divmod(step, steps_per_epoch)
+        order = np.random.default_rng([args.seed, epoch]).permutation(len(arrays[0]))
+        rows = torch.from_numpy(order).to(arrays[0].device).split(args.batch_size)
+        for numbers in rows[done:steps_per_epoch]:
+            yield [array[numbers].to(device) for array in arrays]
+            step += 1
 
-# %% Pictures out
-def write(path, make, *what, **options):
-    """Have make(*what, part, **options) make a file beside `path`, flush and rename it: all or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".part-{os.getpid()}-{path.name}")  # two runs may pack the same pictures
-    make(*what, part, **options)
-    with open(part, "rb+") as file: os.fsync(file.fileno())
-    os.replace(part, path)
+
+# --- end shared ---
+
+
+# %% Images out
+# --- shared: images out ---
+@contextlib.contextmanager
+def replacing(path):
+    """Give a path beside `path` to write to, then flush that file and rename it: all of it or nothing."""
+    part = path.with_name(f".part-{os.getpid()}-{path.name}")  # two runs may pack the same images
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        fail(f"{path} cannot be written: {error} (see --out, --root, --save)")
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()  # what is left if anything failed
+
 
 @torch.no_grad()
 def sample(generator, z):
     """What a generator in evaluation mode makes of z (N,...), 64 at a time: uint8 N,C,H,W on the CPU."""
-    pictures = (generator(part.to(next(generator.parameters()).device)).float() for part in z.split(64))
-    return torch.cat([part.mul(127.5).add(128).clamp(0, 255).byte().cpu() for part in pictures])
+    device = next(generator.parameters()).device
+    parts = (generator(part.to(device)).float() for part in z.split(64))  # one at a time
+    return torch.cat([part.mul(127.5).add(128).clamp(0, 255).byte().cpu() for part in parts])
+
 
 def generate(args, saved):
-    """--generate: pictures by a checkpoint's averaged generator, and their labels: a .npz, .png or folder."""
-    generator, path = make_networks(args)[0].to(pick_device(args)[0]).eval(), Path(args.save)
-    generator.load_state_dict(saved["Generator"])
+    """--generate: images by a checkpoint's averaged generator, and their labels: a .npz, .png or folder."""
+    generator = make_networks(args)[0].to(pick_device(args)[0]).eval()
+    load_states({"Generator": generator}, saved)
     z = draw_z(args, args.generate)
-    images, labels = sample(generator, z), z[:, :-Z].nonzero()[:, 1].numpy()  # of no classes there are none
-    pixels = images.permute(0, 2, 3, 1).squeeze(3).numpy()  # N,H,W,3 or, grey, N,H,W
+    images = sample(generator, z)
+    arrays = {"images": images.permute(0, 2, 3, 1).squeeze(3).numpy()}  # N,H,W,3 or, grey, N,H,W
+    folders = [""] * args.generate
+    if z.shape[1] > Z_DIM:  # one-hot labels before the noise: the script has classes
+        arrays["labels"] = z[:, :-Z_DIM].argmax(1).numpy()
+        folders = [args.class_names[label] for label in arrays["labels"]]
+    path = Path(args.save)
     if path.suffix == ".npz":
-        write(path, np.savez, images=pixels, **(dict(labels=labels) if len(labels) else {}))
+        with replacing(path) as part:
+            np.savez(part, **arrays)
     elif path.suffix.lower() in Image.registered_extensions():
-        write(path, save_image, images / 255, nrow=math.ceil(args.generate**0.5))
-    else:  # a folder for each class, as --data takes them
-        folders = [path / args.names[label] for label in labels] or [path] * len(pixels)
-        for i, folder in enumerate(folders): write(folder / f"{i:06d}.png", Image.fromarray(pixels[i]).save)
-    print(f"{args.generate} pictures: {path}")
+        with replacing(path) as part:
+            save_image(images / 255, part, nrow=math.ceil(args.generate**0.5))
+    else:  # a folder, with one in it for each class, as --data takes them
+        for i, pixels in enumerate(arrays["images"]):
+            with replacing(path / folders[i] / f"{i:06d}.png") as part:
+                Image.fromarray(pixels).save(part)
+    print(f"{args.generate} images: {path}")
 
-# %% Training
-LOG_EVERY, SAMPLE_EVERY = 10, 100  # steps from row to row of metrics.csv, and at least from sample to sample
-COLUMNS = "step", "epoch", "seconds", "images", "loss_d", "loss_g", "d_real", "d_fake"
 
-def pick_device(args):
-    """(device, precision) by the flags; where they are auto, the fastest that this machine has."""
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(best if args.device == "auto" else args.device)
-    cpu = {word for file in glob.glob("/proc/cpuinfo") for word in Path(file).read_text().split()}
-    fast = "bf16" if "amx_bf16" in cpu or {"avx512_bf16", "AuthenticAMD"} <= cpu else "fp32"
-    if device.type == "cuda":
-        torch.cuda.set_stream(torch.cuda.Stream())  # a graph cannot be captured on the default one
-        fast = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
-    torch.ones(8, device=device).mul(2).tolist()  # a GPU that this torch has no kernels for fails here
-    return device, fast if args.precision == "auto" else args.precision
+def draw_curves(out, rows, names):
+    """Draw losses.png, scores.png and, of each other metric, NAME.png, where matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    charts = {}
+    for name in names:
+        chart = "losses" if name.startswith("loss_") else "scores" if name.startswith("d_") else name
+        charts.setdefault(chart, []).append(name)
+    for chart, names in charts.items():
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.subplots()
+        axes.set(title=f"{SCRIPT}: {chart}", xlabel="step")
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
+            means = [np.mean(points[max(0, end - SMOOTH) : end], 0)[1] for end in range(1, len(points) + 1)]
+            axes.plot([step for step, _ in points], means, label=name)
+        axes.legend()
+        with replacing(out / f"{chart}.png") as part:
+            figure.savefig(part)
 
-def optimise(nets, loss, optimiser):
-    """Back-propagate `loss` and take a step."""
-    optimiser.zero_grad(set_to_none=True)
-    nets.scaler.scale(loss).backward()
-    nets.scaler.step(optimiser)
-    nets.scaler.update()
 
-def train(args, saved):
-    """Train from the start, or from the checkpoint `saved`, into the run folder --out."""
-    (device, precision), out, saved_at = pick_device(args), Path(args.out), time.monotonic()
-    if (out / "checkpoint.pt").exists() and not saved: fail(f"{out} holds a run: --resume, or another --out")
-    # Pictures
-    pack, names = load_pack(args)
-    steps = len(pack) // args.batch_size  # of an epoch
-    if steps == 0: fail(f"{len(pack)} pictures are too few for --batch-size {args.batch_size}")
-    args.used = dict(pictures=len(pack), set=f"{zlib.crc32(repr(names).encode()):08x}", device=str(device),
-                     precision=precision, torch=str(torch.__version__),
-                     gan_ops="does not serve: --no-fused" if args.no_fused else GAN_OPS)  # set: by names
-    if saved and saved["config"]["used"]["set"] != args.used["set"]: fail(f"{out} began with other pictures")
-    arrays = [pack, *settle(args, pack, names)]
-    last = min(filter(None, (args.steps, (args.epochs or 0) * steps)), default=max(20 * steps, 5000))
-    # Networks, average, optimisers
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.benchmark = True
-    G, D = (net.to(device, memory_format=torch.channels_last) for net in make_networks(args))
-    ema = copy.deepcopy(G).eval().requires_grad_(False)
-    for module in (*G.modules(), *D.modules()): module.fused = device.type in FUSED and not args.no_fused
-    adam = dict(betas=args.betas, fused=device.type != "mps", capturable=device.type == "cuda")
-    opt_g, opt_d = (Optimiser(net.parameters(), lr, **adam) for net, lr in ((G, args.lr), (D, args.d_lr)))
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    parts = dict(G=G, D=D, ema=ema, opt_g=opt_g, opt_d=opt_d, scaler=scaler)  # of a checkpoint
-    nets, half = argparse.Namespace(**parts), torch.float16 if precision == "fp16" else torch.bfloat16
-    nets.autocast = functools.partial(torch.autocast, device.type, half, precision != "fp32")
-    rows, start, began = [], 0, time.monotonic()
-    if saved:
-        for name, part in parts.items(): part.load_state_dict(saved[name])
-        start, began = saved["step"], began - saved["rows"][-1][2]
-        rows = [row for row in saved["rows"] if row[0] % LOG_EVERY == 0]
+def draw_animation(out):
+    """Draw evolution.gif, the sample grids in order."""
+    files = sorted(out.glob("samples/epoch_*.png"), key=lambda file: (len(file.name), file.name))
+    if not files:
+        return
+    shown = files[:: -math.ceil(len(files) / GIF_FRAMES)][::-1]  # the last one always
+    first, *rest = [ImageOps.contain(Image.open(file), (512, 512)) for file in shown]
+    with replacing(out / "evolution.gif") as part:
+        first.save(part, save_all=True, append_images=rest, duration=250, loop=0)
 
-    def iterate(at, z, real, *labels):  # a step, its metrics and the average
-        real = real.permute(0, 3, 1, 2).float() / 127.5 - 1  # N,C,H,W, channels_last
-        if args.flip: real = torch.where(torch.rand_like(real[:, :1, :1, :1]) < 0.5, real.flip(3), real)
-        for opt, lr in (opt_g, args.lr), (opt_d, args.d_lr):  # tensors, as a CUDA graph keeps a plain number
-            opt.param_groups[0].update(adam, lr=lr * torch.clamp(args.fall / at, max=1.0).sqrt())
-        loss_d, loss_g, *logits = train_step(nets, args, real, z, *labels)
-        weight = 1 - torch.clamp(0.5 ** (10 / at), max=args.ema)  # a half-life of a tenth of the steps so far
-        for average, value in zip(ema.state_dict().values(), G.state_dict().values()):
-            if value.is_floating_point(): average.lerp_(value, weight)
-        return torch.stack([loss_d, loss_g, *(logit.sigmoid().mean() for logit in logits)]).detach()
-    # Steps
-    print("; ".join(f"{n} {v}" for n, v in args.used.items()) + f"; into {out} from step {start}", flush=True)
-    write(out / "config.json", lambda part: part.write_text(json.dumps(vars(args), indent=2)))
-    source, fixed = batches(arrays, args, device, start), draw_z(args, PER_ROW**2)
-    graph, caught, step, own = None, [], start, torch.default_generator if device.type == "cpu" else torch
-    kinds = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    handlers = {kind: signal.signal(kind, lambda kind, frame: caught.append(kind)) for kind in kinds}
-    for step in (bar := tqdm(range(start + 1, last + 1), SCRIPT, last, initial=start)):
-        own.manual_seed((args.seed * 1_000_003 + step) % 2**63)  # what is drawn follows from seed and step
-        z = torch.randn(args.batch_size, Z, device=device)
-        inputs = [torch.full((), step, device=device), z, *next(source)]
-        if device.type == "cuda" and precision != "fp16" and step == start + 4:  # three to warm up
-            graph, static = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in inputs]
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()): metrics = iterate(*static)
-        for mine, new in zip(static, inputs) if graph else (): mine.copy_(new)
-        if graph: graph.replay()
-        else: metrics = iterate(*inputs)
-        epoch, logs, stop = math.ceil(step / steps), step % LOG_EVERY == 0, step == last or bool(caught)
-        if logs or stop:
-            values = metrics.tolist()
-            if not all(map(math.isfinite, values)):
-                raise ValueError(f"no finite loss at step {step}: --resume --precision fp32 or a lower --lr")
-            rows.append([step, epoch, round(time.monotonic() - began, 2), step * args.batch_size, *values])
-            bar.set_postfix(epoch=epoch, loss_d=values[0], loss_g=values[1])
-        ends = stop or step % (steps * math.ceil(SAMPLE_EVERY / steps)) == 0  # of an epoch, or of some
-        due = stop or (logs and time.monotonic() - saved_at > 60 * args.save_every)  # the losses are finite
-        if args.ema and (ends or due):  # averaged weights have statistics of their own
-            torch.optim.swa_utils.update_bn(draw_z(args, 256).to(device).view(64, 4, -1).unbind(1), ema)
-        if ends:
-            write(out / f"samples/epoch_{epoch:04d}.png", save_image, sample(ema, fixed) / 255, nrow=PER_ROW)
-        if due:
-            states, saved_at = {name: part.state_dict() for name, part in parts.items()}, time.monotonic()
-            models = dict(Generator=states["ema"], Discriminator=states["D"], config=vars(args))
-            np.savetxt(out / "metrics.csv", rows, "%.10g", ",", header=",".join(COLUMNS), comments="")
-            write(out / "checkpoint.pt", torch.save, dict(models, **states, step=step, rows=rows))
-            write(out / "models.pth", torch.save, models)
-        if stop and step < last: break
-    for kind in handlers: signal.signal(kind, handlers[kind])  # a notebook goes on
-    if start >= last: print(f"{out} has had its {last} steps: a larger --steps or --epochs goes on")
-    if caught:
-        print(f"stopped at step {step} and saved; to go on: python {SCRIPT}.py --resume --out {out}")
-        raise SystemExit(128 + caught[0])
+
 # --- end shared ---
 
+
+# %% Training
+# --- shared: training ---
+def pick_device(args):
+    """(device, precision) by the flags; where they are auto, the fastest that this machine has."""
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(name)
+    try:
+        torch.ones(8, device=device).mul(2).tolist()  # a GPU that this torch has no kernels for fails here
+    except Exception as error:
+        fail(f"--device {name} cannot be used: {error} (see --device cpu)")
+    if args.precision != "auto":
+        return device, args.precision
+    if name == "cuda":
+        return device, "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    cpuinfo = Path("/proc/cpuinfo")
+    cpu = cpuinfo.read_text() if cpuinfo.exists() else ""
+    multiplies_bf16 = "amx_bf16" in cpu or ("avx512_bf16" in cpu and "AuthenticAMD" in cpu)
+    return device, "bf16" if multiplies_bf16 else "fp32"
+
+
+def use_gan_ops(args, nets, device):
+    """Have gan_ops serve where it can, and say so. A build for another torch can fail in any way."""
+    if args.no_fused:
+        return "does not serve: --no-fused"
+    try:
+        import gan_ops
+
+        if gan_ops.torch_version != torch.__version__:
+            raise ImportError(f"it was built for torch {gan_ops.torch_version}")
+        if device.type not in gan_ops.devices:
+            raise ImportError(f"it was built for {' and '.join(gan_ops.devices)}")
+    except Exception as error:
+        return f"does not serve: {error} (pip install -e . builds it)"
+    for module in (*nets.G.modules(), *nets.D.modules()):
+        module.fused = True
+    return f"serves on {device.type}"
+
+
+def load_states(parts, saved):
+    """Load the state of each of `parts` from a checkpoint."""
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(saved[name])
+        except (KeyError, ValueError, RuntimeError) as error:
+            fail(f"the checkpoint's {name} is missing or does not fit this {SCRIPT}.py: {error}")
+
+
+def make_training(args, device, precision, saved):
+    """Networks, average, optimisers and what else a step needs; its `parts` are what a checkpoint holds."""
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())  # a graph cannot be captured on the default one
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.benchmark = True
+    G, D = make_networks(args)
+    G = G.to(device, memory_format=torch.channels_last)
+    D = D.to(device, memory_format=torch.channels_last)
+    ema = copy.deepcopy(G).eval().requires_grad_(False)
+    options = {"betas": args.betas, "fused": device.type != "mps", "capturable": device.type == "cuda"}
+    opt_g = Optimiser(G.parameters(), args.lr, **options)
+    opt_d = Optimiser(D.parameters(), args.d_lr, **options)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    parts = {"G": G, "D": D, "ema": ema, "opt_g": opt_g, "opt_d": opt_d, "scaler": scaler}
+    if saved:
+        load_states(parts, saved)
+    for optimiser, lr in (opt_g, args.lr), (opt_d, args.d_lr):  # the flags win over the checkpoint
+        group = optimiser.param_groups[0]
+        if "initial_lr" in group:  # but not over a scheduler of your own
+            lr = group["lr"]
+        group.update(options, lr=torch.as_tensor(lr, device=device))  # a CUDA graph would freeze a number
+    half = torch.float16 if precision == "fp16" else torch.bfloat16
+    autocast = functools.partial(torch.autocast, device.type, half, precision != "fp32")
+    return argparse.Namespace(**parts, parts=parts, device=device, autocast=autocast)
+
+
+def lr_factor(args, step):
+    """What both learning rates are multiplied by at `step`, a tensor: 1, then falling with 1 / sqrt(step)."""
+    if not args.lr_decay_from:
+        return torch.ones_like(step)
+    return torch.clamp(args.lr_decay_from / step, max=1.0).sqrt()
+
+
+def optimise(nets, loss, optimiser):
+    """Back-propagate `loss` and take a step, at the optimiser's learning rate times nets.lr_factor."""
+    optimiser.zero_grad(set_to_none=True)
+    nets.scaler.scale(loss).backward()
+    group = optimiser.param_groups[0]
+    lr = group["lr"]
+    group["lr"] = lr * nets.lr_factor
+    nets.scaler.step(optimiser)
+    group["lr"] = lr  # as it was: a scheduler of your own may set it
+    nets.scaler.update()
+
+
+def update_ema(nets, args, step):
+    """Average the generator's weights, with a half-life of a tenth of the steps so far."""
+    share = 1 - torch.clamp(0.5 ** (10 / step), max=args.ema)
+    for average, value in zip(nets.ema.state_dict().values(), nets.G.state_dict().values()):
+        if value.is_floating_point():
+            average.lerp_(value, share)
+
+
+def update_ema_batch_norm(nets, args):
+    """Give the averaged generator batch norm statistics of its own, as the generator's do not fit it."""
+    if args.ema:
+        z = draw_z(args, EMA_IMAGES).to(nets.device)
+        torch.optim.swa_utils.update_bn(z.view(EMA_IMAGES // 4, 4, -1).unbind(1), nets.ema)
+
+
+def iterate(nets, args, step, z, real, *labels):
+    """A training step with all around it that is captured; `step` is a tensor. Returns metrics."""
+    real = real.permute(0, 3, 1, 2).float() / 127.5 - 1  # N,C,H,W, channels_last
+    if args.flip:
+        mirrored = torch.rand_like(real[:, :1, :1, :1]) < 0.5
+        real = torch.where(mirrored, real.flip(3), real)
+    nets.step = step
+    nets.lr_factor = lr_factor(args, step)
+    metrics = train_step(nets, args, real, z, *labels)
+    update_ema(nets, args, step)
+    return {name: torch.as_tensor(value).detach() for name, value in metrics.items()}
+
+
+class Captured:
+    """Calls `work`, from the fourth call on by a CUDA graph that is captured then."""
+
+    def __init__(self, work):
+        self.work = work
+        self.calls = 0
+        self.graph = None
+
+    def __call__(self, *inputs):
+        self.calls += 1
+        if self.calls < 4:  # three to warm up
+            return self.work(*inputs)
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            self.inputs = [tensor.clone() for tensor in inputs]
+            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+                self.result = self.work(*self.inputs)
+        for static, tensor in zip(self.inputs, inputs):
+            static.copy_(tensor)
+        self.graph.replay()
+        return self.result
+
+
+@contextlib.contextmanager
+def signals_noted():
+    """Note Ctrl-C, SIGTERM and a closed terminal in a list that it gives, instead of ending the process."""
+    caught = []
+    handlers = {}
+    kinds = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # by nohup
+        kinds.append(signal.SIGHUP)
+    with contextlib.suppress(ValueError):  # not in the main thread
+        for kind in kinds:
+            handlers[kind] = signal.signal(kind, lambda number, frame: caught.append(number))
+    try:
+        yield caught
+    finally:
+        for kind, handler in handlers.items():  # a notebook goes on
+            signal.signal(kind, handler)
+
+
+@contextlib.contextmanager
+def logger(args, step):
+    """Give a function of (metrics, step) that sends them to --logger, in a resumed run to the same place."""
+    if args.logger == "wandb":
+        import wandb
+
+        options = {"project": SCRIPT, "id": args.wandb_id, "resume": "allow", "dir": args.out}
+        with wandb.init(**options, config=vars(args)) as run:
+            args.wandb_id = run.id
+            yield run.log
+    elif args.logger == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(Path(args.out, "tensorboard"), purge_step=step + 1) as writer:
+
+            def log(metrics, step):
+                for name, value in metrics.items():
+                    writer.add_scalar(name, value, step)
+
+            yield log
+    else:
+        yield lambda metrics, step: None
+
+
+def save_metrics(out, rows):
+    """metrics.csv, a row each LOG_EVERY steps, and its curves."""
+    if not rows:
+        return
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = [[row.get(name, math.nan) for name in columns] for row in rows]
+    with replacing(out / "metrics.csv") as part:
+        np.savetxt(part, table, "%.10g", ",", header=",".join(columns), comments="")
+    draw_curves(out, rows, columns[4:])  # after step, epoch, seconds and images
+
+
+def save_torch(path, content):
+    """torch.save, whole or not at all."""
+    with replacing(path) as part:
+        try:
+            torch.save(content, part)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(f"is there room? {error}") from error
+
+
+def save_models(path, args, nets):
+    """The two networks, the generator averaged, as --generate and the tools take them."""
+    models = {"Generator": nets.ema.state_dict(), "Discriminator": nets.D.state_dict(), "config": vars(args)}
+    save_torch(path, models)
+    return models
+
+
+def save(args, nets, step, rows):
+    """metrics.csv, its curves, models.pth and, when all these are there, checkpoint.pt."""
+    out = Path(args.out)
+    save_metrics(out, rows)
+    models = save_models(out / "models.pth", args, nets)
+    states = {name: part.state_dict() for name, part in nets.parts.items()}
+    save_torch(out / "checkpoint.pt", {**models, **states, "step": step, "rows": rows})
+
+
+def last_step(args, steps_per_epoch):
+    """The step that ends the run, by --steps or --epochs, whichever comes first."""
+    ends = [args.steps, args.epochs and args.epochs * steps_per_epoch]
+    return min([end for end in ends if end], default=max(20 * steps_per_epoch, 5000))
+
+
+def training_steps(nets, args, arrays, step, last):
+    """Train from `step` to step `last`; yield (step, metrics) after each."""
+    source = batches(arrays, args, nets.device, step)
+    run_step = functools.partial(iterate, nets, args)
+    if nets.device.type == "cuda" and not nets.scaler.is_enabled():
+        run_step = Captured(run_step)
+    rng = torch.default_generator if nets.device.type == "cpu" else torch  # which seeds the GPUs too
+    while step < last:
+        step += 1
+        # random numbers follow from --seed and the step, so that a resumed run has the same
+        rng.manual_seed((args.seed * 1_000_003 + step) % 2**63)
+        z = torch.randn(args.batch_size, Z_DIM, device=nets.device)
+        nets.whole = False  # an error in a step leaves the networks between two steps
+        metrics = run_step(torch.full((), step, device=nets.device), z, *next(source))
+        nets.whole = True
+        yield step, metrics
+
+
+def finite(metrics):
+    """Whether all losses are finite."""
+    return math.isfinite(sum(value for name, value in metrics.items() if name.startswith("loss")))
+
+
+def check_finite(metrics, args, rows):
+    """End with one line, after the metrics are saved, if a loss is not finite."""
+    if not finite(metrics):
+        save_metrics(Path(args.out), rows)
+        fail(f"no finite loss at step {rows[-1]['step']}: --resume --precision fp32 or a lower --lr")
+
+
+def set_up(args, saved):
+    """What a run begins with: arrays that batches are rows of, nets, step, metrics so far."""
+    if not saved and Path(args.out, "checkpoint.pt").exists():
+        fail(f"{args.out} holds a run: --resume goes on with it, another --out begins a new one")
+    device, precision = pick_device(args)
+    pack, names = load_pack(args)
+    if len(pack) < args.batch_size:
+        fail(f"{len(pack)} images are too few for --batch-size {args.batch_size}")
+    image_set = f"{zlib.crc32(repr(names).encode()):08x}"
+    if saved and saved["config"]["used"]["set"] != image_set:
+        fail(f"{args.out} began with other images")
+    arrays = [pack, *prepare(args, pack, names)]
+    nets = make_training(args, device, precision, saved)
+    args.used = {
+        "images": len(pack),
+        "set": image_set,
+        "device": str(device),
+        "precision": precision,
+        "torch": str(torch.__version__),
+        "gan_ops": use_gan_ops(args, nets, device),
+    }
+    step = saved["step"] if saved else 0
+    print("; ".join(f"{name} {value}" for name, value in args.used.items()), end="")
+    print(f"; into {args.out} from step {step}", flush=True)
+    with replacing(Path(args.out, "config.json")) as part:
+        part.write_text(json.dumps(vars(args), indent=2))
+    return arrays, nets, step, saved["rows"] if saved else []
+
+
+def train(args, saved):
+    """Train from the start, or on from the checkpoint `saved`, into the run folder --out."""
+    ends_at = time.monotonic() + 60 * (args.minutes or math.inf)
+    out = Path(args.out)
+    arrays, nets, start, rows = set_up(args, saved)
+    saved_at = time.monotonic()
+    began = saved_at - (rows[-1]["seconds"] if rows else 0)
+    rows = [row for row in rows if row["step"] % LOG_EVERY == 0]  # a stop may have added one in between
+    steps_per_epoch = len(arrays[0]) // args.batch_size
+    sample_every = steps_per_epoch * math.ceil(SAMPLE_EVERY / steps_per_epoch)
+    last = last_step(args, steps_per_epoch)
+    fixed_z = draw_z(args, GRID**2)
+    step = start
+    steps = training_steps(nets, args, arrays, start, last)
+    bar = tqdm(steps, SCRIPT, last, initial=start)
+    with logger(args, start) as log, signals_noted() as caught, bar:
+        try:
+            for step, metrics in bar:
+                epoch = math.ceil(step / steps_per_epoch)
+                now = time.monotonic()
+                stop = step == last or caught or now > ends_at
+                logs = stop or step % LOG_EVERY == 0
+                draws = stop or step % sample_every == 0
+                saves = stop or (logs and now - saved_at > 60 * args.save_every)
+                keeps = args.keep_every and step % (args.keep_every * steps_per_epoch) == 0
+                if logs:
+                    metrics = {name: float(value) for name, value in metrics.items()}
+                    row = {"step": step, "epoch": epoch, "seconds": round(now - began, 2)}
+                    rows.append({**row, "images": step * args.batch_size, **metrics})
+                    check_finite(metrics, args, rows)
+                    bar.set_postfix({"epoch": epoch, **metrics})
+                    log(metrics, step)
+                if draws or saves or keeps:
+                    update_ema_batch_norm(nets, args)
+                if draws:
+                    grid = sample(nets.ema, fixed_z) / 255
+                    with replacing(out / f"samples/epoch_{epoch:04d}.png") as part:
+                        save_image(grid, part, nrow=GRID)
+                if keeps:
+                    save_models(out / f"models_{epoch:04d}.pth", args, nets)
+                if saves:
+                    save(args, nets, step, rows)
+                    saved_at = now
+                if stop:
+                    break
+        except Exception:  # a mistake in a changed script, a closed terminal: save what is whole
+            if step > start and nets.whole and finite(metrics):
+                with contextlib.suppress(Exception):
+                    update_ema_batch_norm(nets, args)
+                save(args, nets, step, rows)
+            raise
+    finish(args, start, step, last, caught)
+
+
+def finish(args, start, step, last, caught):
+    """Draw the animation, and say how to go on."""
+    draw_animation(Path(args.out))
+    if start >= last:
+        print(f"{args.out} has had its {last} steps: a larger --steps or --epochs goes on")
+    if caught or step < last:
+        print(f"stopped at step {step} and saved; to go on: python {SCRIPT}.py --resume --out {args.out}")
+    if caught:
+        raise SystemExit(128 + caught[0])
+
+
+# --- end shared ---
+
+
 # %% Command line
-def parse(argv):
-    """(flags, checkpoint or None): a flag that is given wins over the checkpoint's, over the recipe's."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.error, add, switch = fail, parser.add_argument, argparse.BooleanOptionalAction
-    add("--arch", dest="recipe", choices=RECIPES, default="dense", help="dense is Keras's (dense)")
-    add("--conditional", action="store_true", help="tell both networks the class")
-    add("--loss", choices=LOSSES, default="bce", help="(bce)")
-    add("--gamma", type=float, help="weight of R1 (0; style: 0.3)")
-    add("--width", type=int, help="of the narrowest layer (256; style: 16)")
+def add_flags(parser):
+    """Flags of this script alone, and those whose defaults are."""
+    add = parser.add_argument
+    add("--arch", choices=RECIPES, default="dense", help="dense is Keras's (%(default)s)")
+    add("--conditional", action="store_true", help="give both networks the class")
+    add("--loss", choices=LOSSES, default="bce", help="(%(default)s)")
+    add("--gamma", type=amount, help="weight of the gradient penalty R1 (%(default)s)")
+    add("--width", type=count, help="of the narrowest layer (%(default)s)")
     add("--labels", help="with --generate: the classes wanted, by number or name, as Bag,3 (all)")
-    add("--data", default="fashion", help="fashion, mnist, synthetic, a folder or .zip (fashion)")
-    parser.set_defaults(size=28, channels=1, names=None, flip=False, fall=1e9)
-    fixed = "recipe", "conditional", "loss", "gamma", "width", "batch_size"  # of a checkpoint
-    # --- shared: command line ---
-    add("--root", default="data", help="folder of the named sets and of decoded pictures (data)")
-    add("--classes", nargs="+", default=[], help="only these subfolders of --data")
-    add("--epochs", type=int, help="the end of a run (20, but at least 5000 steps)")
-    add("--steps", type=int, help="the same, in steps; whichever comes first")
-    add("--batch-size", type=int, default=64, help="pictures a step (64)")
-    add("--lr", type=float, help="Adam's learning rate for the generator (by recipe)")
-    add("--d-lr", type=float, help="and for the discriminator (by recipe)")
-    add("--flip", action=switch, help="mirror half of the pictures (by recipe)")
-    add("--seed", type=lambda text: int(text) % 2**63, default=0, help="of all that is drawn by chance (0)")
-    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="weights stay fp32")
+    add("--data", default="fashion", help="fashion, mnist, synthetic, a folder or .zip (%(default)s)")
+    parser.set_defaults(size=28, channels=1, class_names=None, flip=False)
+
+
+def flag_defaults(args):
+    """Defaults by --arch."""
+    return RECIPES[args.arch]
+
+
+# --- shared: command line ---
+def load_checkpoint(path):
+    """A checkpoint.pt or models.pth of this script, on the CPU; no code in it is run."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved["config"] = {RENAMED.get(name, name): value for name, value in saved["config"].items()}
+        rows = saved.get("rows", [])
+        saved["rows"] = [dict(zip(COLUMNS, row)) if isinstance(row, list) else row for row in rows]
+        if saved["config"]["script"] != SCRIPT:
+            raise ValueError(f"it is of {saved['config']['script']}.py")
+    except Exception as error:  # a missing, cut or foreign file fails in many ways
+        fail(f"{path} is no checkpoint of {SCRIPT}.py: {error}")
+    return saved
+
+
+def count(text):
+    """A whole number on the command line, 1 or more."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
+
+
+def amount(text):
+    """A number on the command line, 0 or more."""
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is less than 0, or not finite")
+    return float(text)
+
+
+def seed(text):
+    """Any whole number on the command line, as random generators take it."""
+    return int(text) % 2**63
+
+
+def fraction(text):
+    """A number on the command line, 0 or more and less than 1."""
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return float(text)
+
+
+def parse(argv):
+    """(flags, checkpoint or None); a flag that is given wins over the checkpoint's, that over a recipe's."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.error = fail
+    add = parser.add_argument
+    add_flags(parser)
+    add("--root", default="data", help="folder of named sets and of decoded images (%(default)s)")
+    add("--classes", nargs="+", default=[], help="only these subfolders of --data (all)")
+    add("--epochs", type=count, help="end of the run (20, and at least 5000 steps)")
+    add("--steps", type=count, help="the same in steps; whichever comes first")
+    add("--minutes", type=amount, default=0, help="the same in minutes, for notebooks; 0: none (%(default)s)")
+    add("--batch-size", type=count, default=64, help="images a step (%(default)s)")
+    add("--lr", type=amount, help="learning rate of the generator (%(default)s)")
+    add("--d-lr", type=amount, help="learning rate of the discriminator (%(default)s)")
+    add(
+        "--lr-decay-from",
+        type=amount,
+        help="step after which both fall with 1 / sqrt; 0: never (%(default)s)",
+    )
+    add("--betas", type=fraction, nargs=2, help="Adam's (%(default)s)")
+    add("--ema", type=fraction, help="highest decay of the generator's average; 0: none (%(default)s)")
+    add("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images (%(default)s)")
+    add("--seed", type=seed, default=0, help="of all that is drawn by chance (%(default)s)")
+    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="(%(default)s)")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="(%(default)s)")
     add("--no-fused", action="store_true", help="PyTorch's operations even where gan_ops is installed")
-    add("--out", default=f"runs/{SCRIPT}", help=f"run folder (runs/{SCRIPT})")
-    add("--save-every", type=float, default=5.0, help="minutes between checkpoints (5)")
+    add("--out", default=f"runs/{SCRIPT}", help="run folder (%(default)s)")
+    add("--save-every", type=amount, default=5.0, help="minutes between checkpoints (%(default)s)")
+    add("--keep-every", type=count, help="keep the weights of every Nth epoch too, models_0010.pth")
+    add("--logger", choices=("tensorboard", "wandb"), help="where metrics go besides, live")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--generate", type=int, metavar="N", help="make N pictures by --checkpoint")
+    add("--generate", type=count, metavar="N", help="make N images by --checkpoint")
     add("--checkpoint", help="models.pth or checkpoint.pt (the one in --out)")
-    add("--save", default="generated.npz", help="of --generate: .npz, .png or folder (generated.npz)")
-    given, saved, kept = parser.parse_args(argv), None, {}
+    add("--save", default="generated.npz", help="of --generate: .npz, .png or folder (%(default)s)")
+
+    # First the flags that decide on defaults, then those that the checkpoint has, then what is given
+    given = parser.parse_args([word for word in argv if word not in ("-h", "--help")])
+    parser.set_defaults(script=SCRIPT, wandb_id=None, **flag_defaults(given))
+    saved = None
     path = Path(given.checkpoint or f"{given.out}/checkpoint.pt")
     if given.generate or (given.resume and path.exists()):
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved.get("config", {}).get("script") != SCRIPT: fail(f"{path} is no checkpoint of {SCRIPT}.py")
-        kept = dict(saved["config"], generate=None, out=str(path.parent))
-        if given.epochs or given.steps: kept.update(epochs=None, steps=None)  # a new end, no second one
-    parser.set_defaults(**dict(RECIPES[given.recipe], script=SCRIPT) | kept)
+        saved = load_checkpoint(path)
+        parser.set_defaults(**saved["config"] | {"out": str(path.parent)})
+        if given.epochs or given.steps:
+            parser.set_defaults(epochs=None, steps=None, minutes=0)  # in place of the earlier end
     args = parser.parse_args(argv)
-    for name in "epochs", "steps", "batch_size", "width", "fall", "generate":
-        if (value := getattr(args, name)) is not None and value < 1: fail(f"--{name} {value}: at least 1")
-    if saved and any(kept[name] != getattr(args, name) for name in fixed):
-        fail(f"{path} is of another --{', --'.join(fixed).replace('_', '-')}: leave them out")
+    if args.logger and not args.generate and not importlib.util.find_spec(args.logger):
+        fail(f"--logger {args.logger}: pip install {args.logger}")
+    for name in FIXED if saved else ():
+        kept = saved["config"].get(name, getattr(args, name))
+        if getattr(args, name) != kept:
+            fail(f"{path} was begun with --{name.replace('_', '-')} {kept}, which cannot be changed")
     return args, saved
+
 
 def main(argv=None):
     """Run the command line `argv`; in a notebook, where sys.argv is the kernel's, the defaults."""
+    if argv is None:
+        argv = [] if "kernel_launcher" in sys.argv[0] else sys.argv[1:]
     try:
-        args, saved = parse([] if argv is None and "kernel_launcher" in sys.argv[0] else argv)
-        generate(args, saved) if args.generate else train(args, saved)
-    except (Exception, KeyboardInterrupt) as e:
-        if "GAN_DEBUG" in os.environ: raise
-        fail(f"{type(e).__name__}: {e} (see --checkpoint, --device cpu, --root, --out, --save; GAN_DEBUG=1)")
+        args, saved = parse(argv)
+        if args.generate:
+            generate(args, saved)
+        else:
+            train(args, saved)
+    except torch.cuda.OutOfMemoryError as error:
+        line = f"error: {error} (see --batch-size, --width, --device cpu)".replace("\n", " ")
+    except KeyboardInterrupt:
+        line = "error: interrupted (KeyboardInterrupt) before there was anything to save"
+    except SystemExit as end:
+        if not isinstance(end.code, str):
+            raise
+        line = end.code
+    else:
+        return
+    print(line, file=sys.stderr)
+    raise SystemExit(2)
+
 
 if __name__ == "__main__":
     main()
