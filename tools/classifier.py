@@ -1,4 +1,5 @@
-"""What a small classifier reads in pictures: trained once, kept beside the decoded ones; for evaluate.py."""
+"""A small classifier that judges generated images by class: trained once and kept; for evaluate.py."""
+
 from pathlib import Path
 
 import torch
@@ -6,54 +7,79 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-LEAST, STEPS = 20, 600  # pictures of a folder that is to be a class; of training, at least
+LEAST_IMAGES = 20  # of a folder that is to be a class
+LEAST_STEPS = 600  # of training
+LEAST_EPOCHS = 4
+BATCH_SIZE = 128
+SHIFT = 2  # pixels that a batch is moved by at most, each way, in training
+LR = 4e-3  # highest learning rate
+SHARE = "share of "  # figures of classes are named so
+
 
 def frechet(a, b):
-    """The Frechet distance of the Gaussians fitted to the rows of a and b, float64 N,K, as FID squares it."""
-    cov_a, cov_b = a.T.cov(), b.T.cov()
+    """Squared Frechet distance of the Gaussians fitted to the rows of a and b, float64 N,K (as in FID)."""
+    cov_a = a.T.cov()
+    cov_b = b.T.cov()
     values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    trace = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()  # of (cov_a cov_b) ** 0.5
-    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace).item()
+    root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    squares = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0)  # eigenvalues of cov_a cov_b
+    distance = (a.mean(0) - b.mean(0)).square().sum()
+    return (distance + cov_a.trace() + cov_b.trace() - 2 * squares.sqrt().sum()).item()
+
 
 def classes_of(names, known):
-    """The class of each picture: the folder in its name that is a known class, or else all its folders."""
-    paths = [name.split("/")[:-1] for name in names]
-    return [next((folder for folder in path if folder in known), "/".join(path)) for path in paths]
+    """The class of each image: the folder in its name that is a known class, else all its folders."""
+    found = []
+    for name in names:
+        folders = name.split("/")[:-1]
+        found.append(next((folder for folder in folders if folder in known), "/".join(folders)))
+    return found
+
 
 def to_float(images, device):
     """uint8 N,C,H,W to [-1, 1] on the device."""
     return images.to(device, memory_format=torch.channels_last).float() / 127.5 - 1
 
+
+# The network
 def make_classifier(channels, classes):
-    """Pictures N,channels,H,W in [-1, 1] to logits N,classes; all but the last layer give 128 features."""
-    layers, sizes = [nn.AdaptiveAvgPool2d(28)], [channels, 16, 32, 64, 128]
-    for c_in, c_out, stride in zip(sizes, sizes[1:], (2, 1, 2, 2)):
-        layers += nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()
+    """Images N,channels,H,W in [-1, 1] to logits N,classes; all but the last layer give 128 features."""
+    layers = [nn.AdaptiveAvgPool2d(28)]  # N,C,28,28
+    c_in = channels
+    for c_out, stride in (16, 2), (32, 1), (64, 2), (128, 2):  # N,16,14,14; N,32,14,14; N,64,7,7; N,128,4,4
+        layers.append(nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False))
+        layers.append(nn.BatchNorm2d(c_out))
+        layers.append(nn.ReLU())
+        c_in = c_out
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, classes))
 
-def train_classifier(images, labels, classes, device):
-    """A classifier of uint8 N,C,H,W: four times through them, but 600 steps of 128 at least.
 
-    Each batch is shifted by up to two pixels each way, so that it reads more than it saw.
-    """
+def shifted(x):
+    """A batch N,C,H,W moved by up to SHIFT pixels each way, all of it alike, with -1 where it was."""
+    right, down = torch.randint(2 * SHIFT + 1, (2,)).tolist()
+    x = F.pad(x, (right, 2 * SHIFT - right, down, 2 * SHIFT - down), value=-1.0)
+    return x[:, :, SHIFT:-SHIFT, SHIFT:-SHIFT]
+
+
+def train_classifier(images, labels, classes, device):
+    """A classifier of uint8 N,C,H,W by class numbers N, after four epochs, but 600 steps at least."""
     torch.manual_seed(0)
     net = make_classifier(images.shape[1], classes).to(device, memory_format=torch.channels_last)
-    batch = min(128, len(images))
-    steps = len(images) // batch  # of an epoch
-    epochs = max(4, -(-STEPS // steps))
+    batch_size = min(BATCH_SIZE, len(images))
+    steps_per_epoch = len(images) // batch_size
+    epochs = max(LEAST_EPOCHS, -(-LEAST_STEPS // steps_per_epoch))  # rounded up
     optimiser = torch.optim.Adam(net.parameters())
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, epochs * steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LR, epochs * steps_per_epoch)
     for _ in tqdm(range(epochs), desc="training the classifier", unit="epoch"):
-        for which in torch.randperm(len(images)).split(batch)[:steps]:
-            right, down = torch.randint(5, (2,)).tolist()
-            x = F.pad(to_float(images[which], device), (right, 4 - right, down, 4 - down), value=-1.0)
-            loss = F.cross_entropy(net(x[:, :, 2:-2, 2:-2]), labels[which].to(device), label_smoothing=0.05)
+        for rows in torch.randperm(len(images)).split(batch_size)[:steps_per_epoch]:
+            logits = net(shifted(to_float(images[rows], device)))
+            loss = F.cross_entropy(logits, labels[rows].to(device), label_smoothing=0.05)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-            rate.step()
+            schedule.step()
     return net.eval()
+
 
 def load_classifier(path, images, labels, classes, device):
     """The classifier kept in `path`, or one that is trained and put there."""
@@ -65,50 +91,81 @@ def load_classifier(path, images, labels, classes, device):
         torch.save(net.state_dict(), path)
     return net
 
+
 @torch.no_grad()
 def read(classifier, images):
-    """(features float64 N,128, classes read N) of pictures, uint8 N,C,H,W."""
+    """(features float64 N,128, predicted classes N) of images, uint8 N,C,H,W, by a classifier."""
     device = next(classifier.parameters()).device
     features = torch.cat([classifier[:-1](to_float(part, device)) for part in images.split(500)])
     return features.double().cpu(), classifier[-1](features).argmax(1).cpu()
 
-def right_shares(found, truth):
-    """(share of classes `found` that are the true ones, the same of the class where it is least), or Nones."""
-    if truth is None: return None, None
-    right = (found == truth).double()
-    return right.mean().item(), min(right[truth == i].mean().item() for i in truth.unique())
 
-def by_class(net, made, asked, known, test, classes):
-    """{figure: [of pictures `made`, of real ones]} as a classifier reads them; asked: what was wanted.
+# Figures
+def accuracies(predicted, labels):
+    """(accuracy, that of the class where it is lowest) of class numbers N; labels None: (None, None)."""
+    if labels is None:
+        return None, None
+    right = (predicted == labels).double()
+    return right.mean().item(), min(right[labels == number].mean().item() for number in labels.unique())
 
-    known, which it has learnt from, and test: (pictures uint8 N,C,H,W, numbers of their classes N).
+
+def figures_by_class(net, fake, labels, known, test, classes):
+    """{figure: [of fake images, of real ones]} by a classifier; labels: what `fake` are to show, or None.
+
+    known, which it was trained on, and test: (images uint8 N,C,H,W, class numbers N).
     """
-    (features, found), (real, right) = read(net, made), read(net, test[0])
-    as_asked, lowest = zip(right_shares(found, asked), right_shares(right, test[1]))
-    figures = dict(classifier=[frechet(features, real), frechet(read(net, known[0])[0], real)],
-                   as_asked=[*as_asked], lowest_class=[*lowest])
-    for i, name in enumerate(classes):
-        figures[f"share of {name}"] = [(part == i).double().mean().item() for part in (found, test[1])]
+    test_images, test_labels = test
+    features, predicted = read(net, fake)
+    test_features, test_predicted = read(net, test_images)
+    known_features, _ = read(net, known[0])
+    accuracy, lowest = accuracies(predicted, labels)
+    test_accuracy, test_lowest = accuracies(test_predicted, test_labels)
+    figures = {
+        "classifier": [frechet(features, test_features), frechet(known_features, test_features)],
+        "conditional_accuracy": [accuracy, test_accuracy],
+        "lowest_class_accuracy": [lowest, test_lowest],
+    }
+    for number, name in enumerate(classes):
+        share = (predicted == number).double().mean().item()
+        figures[SHARE + name] = [share, (test_labels == number).double().mean().item()]
     return figures
 
+
 def vanished(figures):
-    """The classes that have less than a tenth of their share of real pictures, by the figures of by_class."""
-    shares = {name[9:]: pair for name, pair in figures.items() if name.startswith("share of ")}
-    return [name for name, (share, real) in shares.items() if share < real / 10]
+    """The classes that have less than a tenth of their share of real images, by figures_by_class."""
+    found = []
+    for name, pair in figures.items():
+        if name.startswith(SHARE) and pair[0] < pair[1] / 10:
+            found.append(name.removeprefix(SHARE))
+    return found
 
-def read_classes(script, args, generator, pack, known, test, classes, count):
-    """by_class of `count` pictures of a run, if each class has enough of `known` to learn from, or else {}.
 
-    Of `known` a tenth is held out to test on, if `test` is None. A model that knows classes is asked for as
-    many of each as are among the test pictures.
+def hold_out(known):
+    """(nine tenths, one tenth) of (images, class numbers), drawn at random, always alike."""
+    images, labels = known
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    kept, held_out = order.tensor_split([-(len(order) // 10)])
+    return (images[kept], labels[kept]), (images[held_out], labels[held_out])
+
+
+def class_figures(script, args, generator, pack, known, test, classes, count):
+    """figures_by_class of `count` images of a run; {} if a class has too few images to train a classifier.
+
+    known and test: (images uint8 N,C,H,W, class numbers N); where test is None a tenth of known is held out.
+    A conditional generator gets the classes of the test images, in their proportions.
     """
-    if len(classes) < 2 or known[1].bincount(minlength=len(classes)).min() < LEAST: return {}
-    path = Path(pack.filename).with_suffix(f".classifier{'' if test is None else '-all'}.pth")
+    images_per_class = known[1].bincount(minlength=len(classes))
+    if len(classes) < 2 or images_per_class.min() < LEAST_IMAGES:
+        return {}
+    suffix = ".classifier-all.pth"
     if test is None:
-        order = torch.randperm(len(known[1]), generator=torch.Generator().manual_seed(0))
-        known, test = ([x[part] for x in known] for part in order.tensor_split([-(len(order) // 10)]))
-    net = load_classifier(path, *known, len(classes), next(generator.parameters()).device)
-    z, asked = script.draw_z(args, count), test[1][torch.arange(count) * len(test[1]) // count]
-    told = z.shape[1] > script.Z  # which class to make
-    if told: z[:, : len(classes)] = F.one_hot(asked, len(classes))
-    return by_class(net, script.sample(generator, z), asked if told else None, known, test, classes)
+        suffix = ".classifier.pth"
+        known, test = hold_out(known)
+    device = next(generator.parameters()).device
+    net = load_classifier(Path(pack.filename).with_suffix(suffix), *known, len(classes), device)
+    z = script.draw_z(args, count)
+    labels = None
+    if z.shape[1] > script.Z_DIM:  # one-hot labels come before the noise
+        labels = test[1][torch.arange(count) * len(test[1]) // count]
+        z[:, : len(classes)] = F.one_hot(labels, len(classes))
+    return figures_by_class(net, script.sample(generator, z), labels, known, test, classes)
