@@ -1,8 +1,10 @@
-"""Builds gan_ops, the C++/CUDA extension in csrc, against the torch of the environment that it is installed into.
+"""Builds gan_ops, the C++/CUDA extension in csrc, against the torch that it is installed beside.
 
-GAN_OPS_CUDA=0 leaves CUDA out, 1 insists on it; TORCH_CUDA_ARCH_LIST names the GPUs to compile for. Where something is
-missing, less is built (no CUDA, or no extension at all, which the scripts do without), and one line says why.
+GAN_OPS_CUDA=0 leaves CUDA out, 1 insists on it; TORCH_CUDA_ARCH_LIST names the GPUs to compile for. Where
+something is missing, less is built (no CUDA, or no extension at all, which the scripts do without), and one
+line says why.
 """
+
 import os
 import platform
 import re
@@ -24,7 +26,7 @@ except ImportError:
 
 VERSION, WINDOWS = "0.1.0", os.name == "nt"
 FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden"]
-FLAGS += ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-psabi"]  # torch's headers, and the compiler's own
+FLAGS += ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-psabi"]  # torch's headers, the compiler
 WINDOWS_FLAGS = ["/O2", "/std:c++20", "/openmp"]
 AVX2 = ["/arch:AVX2"] if WINDOWS else ["-mavx2", "-mfma", "-mf16c"]
 AVX2 += ["-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"]  # which ATen's vectors look at
@@ -56,7 +58,7 @@ def output_of(*command):
 
 
 def find_toolkit():
-    """The CUDA toolkit's folder: of CUDA_HOME, or where the nvcc in PATH, which may be a wrapper, says it lies."""
+    """The CUDA toolkit's folder: CUDA_HOME, or where the nvcc in PATH, which may be a wrapper, says it is."""
     places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "empty.cu").touch()
@@ -66,16 +68,17 @@ def find_toolkit():
 
 
 def nvcc_fails(nvcc):
-    """The first line of complaint of nvcc about a kernel that does nothing, as with a compiler too new for it."""
+    """What nvcc complains of in a kernel that does nothing, as where the compiler is too new for it."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.cu")
         source.write_text("__global__ void kernel() {}\n")
-        done = subprocess.run([nvcc, "-c", source, "-o", f"{folder}/kernel.o"], capture_output=True, text=True)
+        command = [nvcc, "-c", source, "-o", f"{folder}/kernel.o"]
+        done = subprocess.run(command, capture_output=True, text=True)
     return (done.stderr.strip().splitlines() or ["no reason given"])[0] if done.returncode else ""
 
 
 def without_cuda():
-    """Why CUDA is left out, or "" where it can be built; makes CUDA_HOME and the GPUs to compile for known to torch."""
+    """Why CUDA is left out, or "" if it can be built; tells torch CUDA_HOME and the GPUs to compile for."""
     if os.environ.get("GAN_OPS_CUDA") == "0":
         return "GAN_OPS_CUDA=0"
     if torch.version.cuda is None:
@@ -107,22 +110,29 @@ def make_extension(reason):
     macros = [("GAN_OPS_TORCH", f'"{torch.__version__}"'), ("GAN_OPS_WITHOUT_CUDA", f'"{text}"')]
     kind = cpp_extension.CppExtension if reason else cpp_extension.CUDAExtension
     return kind(
-        "gan_ops", ["csrc/ops.cpp"] + ["csrc/cuda.cu"] * (not reason), py_limited_api=True,
-        define_macros=macros + [("GAN_OPS_CUDA", None)] * (not reason), depends=[str(p) for p in Path("csrc").iterdir()],
+        "gan_ops",
+        ["csrc/ops.cpp"] + ["csrc/cuda.cu"] * (not reason),
+        py_limited_api=True,
+        define_macros=macros + [("GAN_OPS_CUDA", None)] * (not reason),
+        depends=[str(p) for p in Path("csrc").iterdir()],
         extra_compile_args=dict(cxx=WINDOWS_FLAGS if WINDOWS else FLAGS + openmp, nvcc=["-O3", "-std=c++17"]),
-        extra_link_args=openmp)
+        extra_link_args=openmp,
+    )
 
 
 def make_command():
-    """The command that builds; it leaves out what fails, with one line, but for CUDA where that is insisted on."""
+    """The command that builds; what fails is left out, with one line, but for CUDA if it is insisted on."""
     from torch.utils import cpp_extension
 
     class Build(cpp_extension.BuildExtension):
-        """Compiles the CPU kernels with flags of their own, then the rest, if need be for a second time without CUDA."""
+        """Compiles the CPU kernels with flags of their own, then the rest, if need be again without CUDA."""
+
         def compile_cpu_kernels(self, extension):
-            flags = extension.extra_compile_args["cxx"] + (AVX2 if platform.machine() in ("x86_64", "AMD64") else [])
+            avx2 = AVX2 if platform.machine() in ("x86_64", "AMD64") else []
+            flags = extension.extra_compile_args["cxx"] + avx2
             extension.extra_objects += self.compiler.compile(
-                ["csrc/cpu.cpp"], self.build_temp, include_dirs=extension.include_dirs, extra_postargs=flags)
+                ["csrc/cpu.cpp"], self.build_temp, include_dirs=extension.include_dirs, extra_postargs=flags
+            )
 
         def build_extensions(self):
             (extension,) = self.extensions
@@ -141,7 +151,8 @@ def make_command():
                     super().build_extensions()
             except Exception as error:  # no compiler, headers missing: the scripts do without
                 if os.environ.get("GAN_OPS_CUDA") == "1":
-                    raise SystemExit(f"error: GAN_OPS_CUDA=1, but nothing could be built: {first_line(error)}")
+                    reason = f"nothing could be built: {first_line(error)}"
+                    raise SystemExit(f"error: GAN_OPS_CUDA=1, but {reason}") from error
                 say(f"not built, PyTorch's own operations will serve: {first_line(error)}")
                 self.extensions = []
 
@@ -155,6 +166,10 @@ else:
     if reason:
         say_or_stop(reason)
     label = re.sub(r"[^a-zA-Z0-9]+", ".", torch.__version__)
-    setup(version=f"{VERSION}+torch.{label}", ext_modules=[make_extension(reason)],
-          cmdclass=dict(build_ext=make_command()), options=dict(bdist_wheel=dict(py_limited_api="cp310")),
-          setup_requires=["ninja"])
+    setup(
+        version=f"{VERSION}+torch.{label}",
+        ext_modules=[make_extension(reason)],
+        cmdclass=dict(build_ext=make_command()),
+        options=dict(bdist_wheel=dict(py_limited_api="cp310")),
+        setup_requires=["ninja"],
+    )
