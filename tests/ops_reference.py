@@ -1,7 +1,8 @@
-"""What tests/test_gan_ops.py compares gan_ops with: the same operations composed of PyTorch's own, and inputs for them.
+"""What tests/test_gan_ops.py compares gan_ops with: the same operations composed of PyTorch's, and inputs.
 
 A Sample is one call: its tensors, in some layout and type, and its numbers.
 """
+
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,8 +21,10 @@ def parameter_type(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def composed(name, inputs, weight, bias, mean, var, *, training, momentum, eps, slope, biased=False, split=False):
-    """The outputs of an operation by PyTorch, in the types given, and what the activation is applied to (or None)."""
+def composed(
+    name, inputs, weight, bias, mean, var, *, training, momentum, eps, slope, biased=False, split=False
+):
+    """An operation's outputs by PyTorch, in the types given, and what the activation acts on (or None)."""
     x = inputs[0] + inputs[1] if name in SEAMS else inputs[0]
     if name == "split_add":
         return list(x.chunk(2, 1)) if split else [x], None
@@ -41,6 +44,7 @@ def composed(name, inputs, weight, bias, mean, var, *, training, momentum, eps, 
 @dataclass
 class Sample:
     """One call of an operation."""
+
     name: str
     inputs: tuple  # x, or left and right
     weight: torch.Tensor = None
@@ -56,7 +60,9 @@ class Sample:
 
     @property
     def numbers(self):
-        return {key: getattr(self, key) for key in ("training", "momentum", "eps", "slope", "biased", "split")}
+        return {
+            key: getattr(self, key) for key in ("training", "momentum", "eps", "slope", "biased", "split")
+        }
 
     @property
     def op(self):
@@ -68,8 +74,18 @@ class Sample:
         if self.name == "split_add":
             return *self.inputs, self.split
         last = self.split if self.name in SEAMS else self.biased
-        return (*self.inputs, self.weight, self.bias, self.mean, self.var, self.training, self.momentum, self.eps,
-                self.slope, last)
+        return (
+            *self.inputs,
+            self.weight,
+            self.bias,
+            self.mean,
+            self.var,
+            self.training,
+            self.momentum,
+            self.eps,
+            self.slope,
+            last,
+        )
 
     def call(self):
         """The outputs of gan_ops, always as a list."""
@@ -79,7 +95,9 @@ class Sample:
 
     def eager(self):
         """The outputs of PyTorch in the types given, as a list."""
-        return composed(self.name, self.inputs, self.weight, self.bias, self.mean, self.var, **self.numbers)[0]
+        return composed(self.name, self.inputs, self.weight, self.bias, self.mean, self.var, **self.numbers)[
+            0
+        ]
 
     def sources(self):
         """The tensors that can have a gradient."""
@@ -96,8 +114,11 @@ class Sample:
     def mapped(self, function):
         """The same call on what the function makes of each tensor."""
         tensors = {key: getattr(self, key) for key in ("weight", "bias", "mean", "var")}
-        return replace(self, inputs=tuple(map(function, self.inputs)),
-                       **{key: None if t is None else function(t) for key, t in tensors.items()})
+        return replace(
+            self,
+            inputs=tuple(map(function, self.inputs)),
+            **{key: None if t is None else function(t) for key, t in tensors.items()},
+        )
 
     def fresh(self, grad=True):
         """The same call on leaves that are new, in the same layout, with running statistics of its own."""
@@ -131,15 +152,23 @@ def draw(shape, dtype, device="cpu"):
     return values.view(c, n, *rest).transpose(0, 1).contiguous().to(device, dtype)
 
 
-def sample(name, shape, dtype=torch.float32, layout="contiguous", device="cpu", affine="both", statistics=True,
-           **numbers):
+def sample(
+    name,
+    shape,
+    dtype=torch.float32,
+    layout="contiguous",
+    device="cpu",
+    affine="both",
+    statistics=True,
+    **numbers,
+):
     """A Sample with random tensors; affine: both, weight, bias or none of them."""
     x = draw(shape, torch.float64)
     if name in SEAMS:
         right = torch.randn(shape, dtype=torch.float64)
         inputs = x - right, right
     else:
-        inputs = x,
+        inputs = (x,)
     c = shape[1]
     kind = {"dtype": parameter_type(dtype), "device": device}
     made = Sample(name, tuple(laid(t.to(device, dtype), layout) for t in inputs), **numbers)
@@ -160,9 +189,10 @@ def widened(t):
 
 
 class Expected:
-    """A sample's results in float64 from the inputs as they are, and how far a result in its type may be from them.
+    """A sample's results in float64 from the inputs as they are, and how far one in its type may be away.
 
-    A seam's sum is rounded to its type, as PyTorch's is; all else is in float32 or better, rounded once at the end.
+    A seam's sum is rounded to its type, as PyTorch's is; all else is in float32 or better, rounded once at
+    the end.
     """
 
     def __init__(self, given):
@@ -171,24 +201,31 @@ class Expected:
         x = given.inputs[0].detach()
         x = widened(x + given.inputs[1].detach() if given.name in SEAMS else x).requires_grad_()
         self.x = x
-        self.weight, self.bias, self.mean, self.var = map(widened, (given.weight, given.bias, given.mean, given.var))
+        self.weight, self.bias, self.mean, self.var = map(
+            widened, (given.weight, given.bias, given.mean, given.var)
+        )
         self.sources = [x] + [t.requires_grad_() for t in (self.weight, self.bias) if t is not None]
         inputs = (x, torch.zeros_like(x)) if given.name in SEAMS else (x,)
         self.old_mean, self.old_var = widened(self.mean), widened(self.var)
-        self.outputs, self.before = composed(given.name, inputs, self.weight, self.bias, self.mean, self.var,
-                                             **given.numbers)
+        self.outputs, self.before = composed(
+            given.name, inputs, self.weight, self.bias, self.mean, self.var, **given.numbers
+        )
         self.tiny = 128 * torch.finfo(parameter_type(self.type)).eps
         if given.name != "split_add" and x.numel():
             into = F.leaky_relu(x, given.slope) if given.name == "leaky_relu_batch_norm" else x
             into = into.detach().transpose(0, 1).flatten(1)
-            moments = (into.mean(1), into.var(1, unbiased=False)) if given.training else (self.old_mean, self.old_var)
+            moments = (
+                (into.mean(1), into.var(1, unbiased=False))
+                if given.training
+                else (self.old_mean, self.old_var)
+            )
             self.rstd = (moments[1] + given.eps).rsqrt()
             self.centre, self.size = moments[0], into.abs().amax(1) + moments[0].abs()
             self.gain = self.rstd * (1 if self.weight is None else self.weight.detach().abs())
             self.size_out = self.size * self.gain + (0 if self.bias is None else self.bias.detach().abs())
 
     def gradients_out(self, layout="contiguous"):
-        """Random gradients of the outputs, 0 where float32 could be on the other side of the activation's corner."""
+        """Random gradients of the outputs, 0 where float32 could be on the other side of the kink."""
         y = torch.cat(self.outputs, 1).detach()
         g = torch.randn(y.shape, dtype=torch.float64)
         if self.before is not None and g.numel():
@@ -214,22 +251,23 @@ class Expected:
             near(y, wanted, self.tiny * per_channel(self.size_out, wanted), "output")
 
     def check_statistics(self, mean, var):
-        """That running statistics are what they should be by now, in evaluation and for no values to the bit."""
+        """Running statistics are what they should be by now, in evaluation and for no values to the bit."""
         if self.mean is None:
             return
         if not self.sample.training or not self.x.numel():
             assert torch.equal(widened(mean), self.old_mean) and torch.equal(widened(var), self.old_var)
             return
         near(mean, self.mean, self.tiny * (self.size + self.old_mean.abs()), "running_mean")
-        near(var, self.var, self.tiny * (self.size ** 2 + self.old_var), "running_var")
+        near(var, self.var, self.tiny * (self.size**2 + self.old_var), "running_var")
 
     def check_gradients(self, gradients, gradients_out):
         """That the gradients of sources() are what they should be for gradients_out of the outputs."""
         given = self.sample
-        wanted = torch.autograd.grad(self.outputs, self.sources, [widened(g) for g in gradients_out],
-                                     retain_graph=True)
+        wanted = torch.autograd.grad(
+            self.outputs, self.sources, [widened(g) for g in gradients_out], retain_graph=True
+        )
         dx, rest = wanted[0], wanted[1:]
-        ours, ours_rest = gradients[:len(given.inputs)], gradients[len(given.inputs):]
+        ours, ours_rest = gradients[: len(given.inputs)], gradients[len(given.inputs) :]
         for got, x in zip((*ours, *ours_rest), given.sources(), strict=True):
             assert got.shape == x.shape and got.dtype == x.dtype and got.device == x.device
         if given.name == "split_add":
@@ -246,10 +284,14 @@ class Expected:
             scale = scale * (1 + torch.minimum(xhat, torch.tensor(float(g.size(1)))))
         for got in ours:
             near(got, dx, self.tiny * per_channel(scale, dx), "dx")
-        for got, expected, x in zip(ours_rest, rest, given.sources()[len(given.inputs):], strict=True):
+        for got, expected, x in zip(ours_rest, rest, given.sources()[len(given.inputs) :], strict=True):
             total = g.sum(1)
-            near(got, expected, self.tiny * (total * self.size * self.rstd if x is given.weight else total),
-                 "dweight" if x is given.weight else "dbias")
+            near(
+                got,
+                expected,
+                self.tiny * (total * self.size * self.rstd if x is given.weight else total),
+                "dweight" if x is given.weight else "dbias",
+            )
 
 
 def per_channel(values, like):
@@ -263,13 +305,18 @@ def near(actual, wanted, slack, what):
     smallest = torch.finfo(actual.dtype).smallest_normal * eps
     error = (actual.detach().cpu().double() - wanted).abs()
     over = error - (eps * wanted.abs() + slack + smallest)
-    assert not (over > 0).any() and not over.isnan().any(), \
+    assert not (over > 0).any() and not over.isnan().any(), (
         f"{what}: error {error.max().item():.3g}, over the bound by {over.max().item():.3g}"
+    )
 
 
 def is_dense(y, like):
-    """Whether y has a layout that its input asks for: the input's where that is one of the two, else either."""
+    """Whether y has a layout that its input wants: the input's where that is one of the two, else either."""
     last = torch.channels_last
     if like.dim() != 4 or like.is_contiguous():
         return y.is_contiguous()
-    return y.is_contiguous(memory_format=last) or not like.is_contiguous(memory_format=last) and y.is_contiguous()
+    return (
+        y.is_contiguous(memory_format=last)
+        or not like.is_contiguous(memory_format=last)
+        and y.is_contiguous()
+    )

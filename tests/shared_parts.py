@@ -1,15 +1,18 @@
-"""The marked parts that stand in several scripts: `python tests/shared_parts.py` copies the original over the others.
+"""Marked parts stand in several scripts: `python tests/shared_parts.py` copies the original over the others.
 
-A part begins with `# --- shared: NAME ---` and ends with `# --- end shared ---`. dcgan.py holds the originals, and
-cgan_residual.py those that only scripts with classes need. A script carries the parts that it needs.
+A part begins with `# --- shared: NAME ---` and ends with `# --- end shared ---`. dcgan.py has the originals,
+and cgan_residual.py those that only scripts with classes need. A script has the parts that it needs.
 """
+
 import re
 import sys
 from pathlib import Path
 
 TOP = Path(__file__).resolve().parents[1]
 SCRIPTS = ("dcgan.py", "cspup128.py", "cgan_residual.py", "fashion_keras_port.py")
-PART = re.compile(r"^( *)# --- shared: ([^\n]+?) ---\n(.*?)^ *# --- end shared ---$", re.DOTALL | re.MULTILINE)
+PART = re.compile(
+    r"^( *)# --- shared: ([^\n]+?) ---\n(.*?)^ *# --- end shared ---$", re.DOTALL | re.MULTILINE
+)
 
 
 def parts(text):
@@ -21,12 +24,12 @@ def parts(text):
 
 
 def updated(text, originals):
-    """A script's text with each of its marked parts as the original has it; KeyError for a part that it has not."""
+    """A script's text with each of its marked parts as in `originals`; KeyError for one that is not there."""
     return PART.sub(lambda match: originals[match[2]], text)
 
 
 def differing(folder=TOP):
-    """(path, text as it should be) of every script in the folder whose marked parts are not the original's."""
+    """(path, text as it should be) of each script in the folder whose marked parts are not the original's."""
     scripts = [folder / name for name in SCRIPTS if (folder / name).exists()]
     originals = {}
     for script in reversed(scripts):  # the first that has a part holds its original

@@ -1,4 +1,5 @@
 """setup.py: what it builds, what it leaves out and says; compilers are stand-ins that make empty objects."""
+
 import os
 import re
 import subprocess
@@ -15,8 +16,9 @@ TOP = Path(__file__).resolve().parent.parent
 
 def setup(*arguments, **environment):
     """Runs setup.py; returns its status and what it prints and says."""
-    done = subprocess.run([sys.executable, "setup.py", *arguments], cwd=TOP, capture_output=True, text=True,
-                          env={**os.environ, **environment})
+    command = [sys.executable, "setup.py", *arguments]
+    environment = {**os.environ, **environment}
+    done = subprocess.run(command, cwd=TOP, capture_output=True, text=True, env=environment)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -43,7 +45,8 @@ def test_no_nvcc_is_one_line_and_an_error_only_where_cuda_was_insisted_on(tmp_pa
     (line,) = lines(stderr)
     assert status == 0 and "no nvcc was found" in line
     status, _, stderr = setup("--version", GAN_OPS_CUDA="1", **nothing)
-    assert status == 1 and stderr.strip().splitlines()[-1].startswith("error: GAN_OPS_CUDA=1, but no nvcc was found")
+    last = stderr.strip().splitlines()[-1]
+    assert status == 1 and last.startswith("error: GAN_OPS_CUDA=1, but no nvcc was found")
 
 
 def script(path, text):
@@ -66,9 +69,14 @@ needs_cuda = pytest.mark.skipif(torch.version.cuda is None, reason="a torch with
 
 
 @needs_cuda
-@pytest.mark.parametrize("nvcc, expected", [
-    ("echo 'release 99.1, V99.1'", "nvcc is of CUDA 99.1, torch"), ("echo nonsense", "nvcc is of CUDA an unknown version"),
-    (f"{VERSION}; echo 'unsupported GNU version' >&2; exit 1", "nvcc fails: unsupported GNU version")])
+@pytest.mark.parametrize(
+    "nvcc, expected",
+    [
+        ("echo 'release 99.1, V99.1'", "nvcc is of CUDA 99.1, torch"),
+        ("echo nonsense", "nvcc is of CUDA an unknown version"),
+        (f"{VERSION}; echo 'unsupported GNU version' >&2; exit 1", "nvcc fails: unsupported GNU version"),
+    ],
+)
 def test_an_nvcc_that_does_not_fit_is_named(tmp_path, nvcc, expected):
     status, _, stderr = setup("--version", CUDA_HOME=toolkit(tmp_path, nvcc))
     (line,) = lines(stderr)
@@ -89,11 +97,16 @@ def test_where_cuda_alone_does_not_compile_the_rest_is_built_unless_it_is_insist
                while [ $# -gt 0 ]; do [ $1 = -o ] && out=$2; [ $1 = -MF ] && touch $2; shift; done
                exec gcc -x c -c /dev/null -o $out"""
     compiler = script(tmp_path / "c++", empty)
-    home = toolkit(tmp_path / "cuda", f"{VERSION}\ncase \"$*\" in *cuda.cu*) echo 'no such intrinsic' >&2; exit 1;; esac")
-    status, said, last, built = build(tmp_path, CUDA_HOME=home, CXX=compiler, CC=compiler, TORCH_CUDA_ARCH_LIST="9.0",
-                                      GAN_OPS_CUDA="1" if insisted else "")
-    assert (status, built) == ((1, False) if insisted else (0, True))
-    assert last.startswith("error: GAN_OPS_CUDA=1, but ") if insisted else "without CUDA: it does not compile" in said[0]
+    fails = "case \"$*\" in *cuda.cu*) echo 'no such intrinsic' >&2; exit 1;; esac"
+    home = toolkit(tmp_path / "cuda", f"{VERSION}\n{fails}")
+    environment = {"CUDA_HOME": home, "CXX": compiler, "CC": compiler, "TORCH_CUDA_ARCH_LIST": "9.0"}
+    status, said, last, built = build(tmp_path, **environment, GAN_OPS_CUDA="1" if insisted else "")
+    if insisted:
+        assert (status, built) == (1, False)
+        assert last.startswith("error: GAN_OPS_CUDA=1, but ")
+    else:
+        assert (status, built) == (0, True)
+        assert "without CUDA: it does not compile" in said[0]
 
 
 def test_without_a_compiler_nothing_is_built_and_one_line_says_so(tmp_path):

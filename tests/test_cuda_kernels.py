@@ -1,8 +1,9 @@
-"""The CUDA kernels, without a GPU: run on the CPU by tests/cuda_kernels.cpp under sanitizers, and compiled by nvcc.
+"""The CUDA kernels, without a GPU: run on the CPU by tests/cuda_kernels.cpp under sanitizers; built by nvcc.
 
-`python tests/test_cuda_kernels.py` compiles them and prints, for each, registers, blocks that a processor holds, and
-instructions an element in the loop, beside what an H200's bandwidth leaves room for.
+`python tests/test_cuda_kernels.py` compiles them and prints, for each, registers, blocks that a processor
+holds, and instructions an element in the loop, beside what an H200's bandwidth leaves room for.
 """
+
 import importlib.util
 import os
 import re
@@ -17,10 +18,12 @@ ROOT = Path(__file__).parent.parent
 COMPILER = os.environ.get("CXX", "g++")
 ADDRESS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 THREAD = ["-fsanitize=thread"]
+FLAGS = "-std=c++20 -O1 -g -pthread -Wall -Wextra -Werror -Wno-unknown-pragmas".split()
+NVCC_FLAGS = "-std=c++17 -O3 -Xptxas -v -Werror all-warnings".split()
 SOME = "23"  # every 23rd case is enough to meet a kernel that is wrong for all
 KERNELS = 72  # reduce and apply, forward and backward, in both orders, for each of 3 types in 3 layouts
-# Instructions that an H200's processors issue in a second, for each of 32 lanes, and bytes that its memory moves.
-ISSUED, MOVED = 132 * 4 * 32 * 1.755e9, 4.8e12
+ISSUED = 132 * 4 * 32 * 1.755e9  # instructions of an H200's processors in a second, for each of 32 lanes
+MOVED = 4.8e12  # bytes that its memory moves
 
 
 def find_nvcc():
@@ -31,22 +34,26 @@ def find_nvcc():
 def find_cuobjdump():
     """In PATH, or the one that comes with Triton."""
     triton = importlib.util.find_spec("triton")
-    places = [Path(triton.origin).parent / "backends/nvidia/bin"] if triton else []
-    return shutil.which("cuobjdump") or next((p / "cuobjdump" for p in places if (p / "cuobjdump").exists()), None)
+    found = shutil.which("cuobjdump")
+    if found or not triton:
+        return found
+    path = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"
+    return path if path.exists() else None
 
 
 def build_and_run(folder, sanitizer, *arguments, kernels=None):
-    """Compile and run the test program, with `kernels` in place of cuda_kernels.h; returns status and all output."""
+    """Compile and run the test program, with `kernels` in place of cuda_kernels.h; (status, all output)."""
     if kernels:
         (folder / "cuda_kernels.h").write_text(kernels)
     program = folder / "cuda_kernels"
-    subprocess.run([COMPILER, "-std=c++20", "-O1", "-g", "-pthread", "-Wall", "-Wextra", "-Werror",
-                    "-Wno-unknown-pragmas", *sanitizer, f"-I{folder}", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}",
-                    ROOT / "tests" / "cuda_kernels.cpp", "-o", program], check=True)
+    folders = [f"-I{path}" for path in (folder, ROOT / "csrc", ROOT / "tests")]
+    source = ROOT / "tests" / "cuda_kernels.cpp"
+    subprocess.run([COMPILER, *FLAGS, *sanitizer, *folders, source, "-o", program], check=True)
 
     def run(*before):
-        done = subprocess.run([*before, program, *arguments], capture_output=True, text=True, timeout=600,
-                              env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1"})
+        command = [*before, program, *arguments]
+        environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
         return done.returncode, done.stdout + done.stderr
 
     status, output = run()
@@ -59,7 +66,7 @@ def changed(old, new, occurrence=0):
     text = (ROOT / "csrc" / "cuda_kernels.h").read_text()
     parts = text.split(old)
     assert len(parts) > occurrence + 1, f"{old!r} is not in cuda_kernels.h"
-    return old.join(parts[:occurrence + 1]) + new + old.join(parts[occurrence + 1:])
+    return old.join(parts[: occurrence + 1]) + new + old.join(parts[occurrence + 1 :])
 
 
 def test_values_and_memory(tmp_path):
@@ -83,7 +90,9 @@ def test_every_barrier_is_needed(tmp_path, number):
 
 def test_a_read_beyond_the_end_is_found(tmp_path):
     old = "if (at < p.rows) held[u]"
-    status, output = build_and_run(tmp_path, ["-fsanitize=address"], SOME, kernels=changed(old, old.replace("<", "<=")))
+    status, output = build_and_run(
+        tmp_path, ["-fsanitize=address"], SOME, kernels=changed(old, old.replace("<", "<="))
+    )
     assert status != 0 and "heap-buffer-overflow" in output, output
 
 
@@ -95,18 +104,24 @@ def test_a_partial_result_left_out_is_found(tmp_path):
 
 def compiled(folder, gpu):
     """{kernel: (registers, bytes of spills)} of csrc/cuda.cu in folder/cuda.o; a warning is an error."""
-    done = subprocess.run([find_nvcc(), "-std=c++17", "-O3", f"-arch={gpu}", "-Xptxas", "-v", "-Werror", "all-warnings",
-                           "-c", ROOT / "csrc" / "cuda.cu", "-o", folder / "cuda.o"], capture_output=True, text=True)
+    files = ["-c", ROOT / "csrc" / "cuda.cu", "-o", folder / "cuda.o"]
+    command = [find_nvcc(), *NVCC_FLAGS, f"-arch={gpu}", *files]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr
-    found = re.findall(r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?"
-                       r"Used (\d+) registers", done.stderr, re.DOTALL)
+    found = re.findall(
+        r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?"
+        r"Used (\d+) registers",
+        done.stderr,
+        re.DOTALL,
+    )
     return {name: (int(registers), int(stores) + int(loads)) for name, stores, loads, registers in found}
 
 
 def parts_of(name):
-    """Of a kernel's mangled name: what it is called, its type, elements of a vector, channels of it, LeakyReLU first."""
-    found = re.search(r"\d(reduce|apply)I(f|\d+__nv_bfloat16|\d+__half)Li(\d)ELi(\d)ELb(\d)ENS_\d+(Forward|Backward)E", name)
+    """(name, type, elements of a vector, channels of it, LeakyReLU first) of a kernel's mangled name."""
+    types = r"f|\d+__nv_bfloat16|\d+__half"
+    found = re.search(rf"\d(reduce|apply)I({types})Li(\d)ELi(\d)ELb(\d)ENS_\d+(Forward|Backward)E", name)
     if not found:
         return None
     kernel, kind, vector, lanes, first, way = found.groups()
@@ -115,12 +130,19 @@ def parts_of(name):
 
 
 def instructions(file):
-    """{kernel: instructions an element of its loop over vectors of 16 bytes}: the smallest loop with four such loads."""
-    text = subprocess.run([find_cuobjdump(), "-sass", file], capture_output=True, text=True, check=True).stdout
+    """{kernel: instructions an element of its loop over vectors of 16 bytes}: the smallest with 4 loads."""
+    command = [find_cuobjdump(), "-sass", file]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     counts = {}
     for function in re.split(r"\n\s*Function : ", text)[1:]:
-        code = [(int(place, 16), what) for place, what in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", function)]
-        jumps = [(place, int(found[1], 16)) for place, what in code if (found := re.search(r"BRA\b.*?(0x[0-9a-f]+)", what))]
+        code = [
+            (int(place, 16), what) for place, what in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", function)
+        ]
+        jumps = [
+            (place, int(found[1], 16))
+            for place, what in code
+            if (found := re.search(r"BRA\b.*?(0x[0-9a-f]+)", what))
+        ]
         loops = [[what for place, what in code if to <= place <= at] for at, to in jumps if to < at]
         full = [loop for loop in loops if sum(".128" in what and "LDG" in what for what in loop) >= 4]
         parts = parts_of(name := function.split()[0])
@@ -136,8 +158,9 @@ def room(parts):
     return ISSUED / MOVED * tensors * (4 if kind == "fp32" else 2)
 
 
-needs_nvcc = pytest.mark.skipif(find_nvcc() is None and not os.environ.get("CI"),
-                                reason="no nvcc in CUDA_HOME or PATH; CI has one")
+needs_nvcc = pytest.mark.skipif(
+    find_nvcc() is None and not os.environ.get("CI"), reason="no nvcc in CUDA_HOME or PATH; CI has one"
+)
 
 
 @needs_nvcc
@@ -159,8 +182,10 @@ def main():
     for name, count in sorted(counts.items(), key=lambda item: parts_of(item[0])):
         kernel, kind, vector, lanes, first = parts_of(name)
         registers = found[name][0]
-        print(f"{kernel:16} {kind:5} {vector:6} {lanes:8} {first:5} {registers:9} "
-              f"{65536 // (256 * -(-registers // 8) * 8):6} {count:13.1f} {room(parts_of(name)):5.1f}")
+        print(
+            f"{kernel:16} {kind:5} {vector:6} {lanes:8} {first:5} {registers:9} "
+            f"{65536 // (256 * -(-registers // 8) * 8):6} {count:13.1f} {room(parts_of(name)):5.1f}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,26 @@
-"""gan_ops, the fused operations of csrc, against PyTorch: values, layouts, gradients, compilation, threads, errors."""
+"""gan_ops, the operations of csrc, against PyTorch: values, layouts, gradients, compiling, threads."""
+
 import itertools
 import random
 import threading
 
 import pytest
 import torch
-from ops_reference import (ALL, LAYOUTS, NORMS, SEAMS, SINGLE, TYPES, Expected, Sample, composed, is_dense, laid,
-                           parameter_type, sample)
+from ops_reference import (
+    ALL,
+    LAYOUTS,
+    NORMS,
+    SEAMS,
+    SINGLE,
+    TYPES,
+    Expected,
+    Sample,
+    composed,
+    is_dense,
+    laid,
+    parameter_type,
+    sample,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
@@ -23,14 +37,18 @@ def seeded():
 
 
 def run(given, gradients_out=None):
-    """Outputs, gradients of every source, and running statistics of one forward and backward on fresh leaves."""
+    """Outputs, gradients of every source, running statistics of one forward and backward on fresh leaves."""
     given = given.fresh()
     outputs = given.call()
     if gradients_out is None:
         torch.manual_seed(9)
         gradients_out = [torch.randn_like(y) for y in outputs]
     gradients = torch.autograd.grad(outputs, given.sources(), gradients_out)
-    return [y.detach() for y in outputs], list(gradients), [t for t in (given.mean, given.var) if t is not None]
+    return (
+        [y.detach() for y in outputs],
+        list(gradients),
+        [t for t in (given.mean, given.var) if t is not None],
+    )
 
 
 def check(given, gradient_layout="contiguous"):
@@ -78,9 +96,21 @@ def test_values_gradients_and_statistics(name, dtype, dims, device):
         for layout, (training, statistics), affine in itertools.product(LAYOUTS, modes, parts):
             for shape in shapes(dims, split):
                 slope, eps, momentum = next(turn)
-                given = sample(name, shape, dtype, layout, device, affine, statistics, training=training, slope=slope,
-                               eps=eps, momentum=momentum, split=split,
-                               biased=name in SINGLE and random.random() < 0.5)
+                given = sample(
+                    name,
+                    shape,
+                    dtype,
+                    layout,
+                    device,
+                    affine,
+                    statistics,
+                    training=training,
+                    slope=slope,
+                    eps=eps,
+                    momentum=momentum,
+                    split=split,
+                    biased=name in SINGLE and random.random() < 0.5,
+                )
                 check(given, next(gradient_layouts))
 
 
@@ -88,8 +118,11 @@ def test_values_gradients_and_statistics(name, dtype, dims, device):
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("name", ALL)
 def test_one_row_no_row_and_other_dimensions(name, dtype, device):
-    for split, affine, layout in itertools.product((False, True) if name in SEAMS else (False,), ("both", "none"),
-                                                   ("contiguous", "channels_last", "strided", "transposed")):
+    for split, affine, layout in itertools.product(
+        (False, True) if name in SEAMS else (False,),
+        ("both", "none"),
+        ("contiguous", "channels_last", "strided", "transposed"),
+    ):
         c = 6 if split else 3
         kind = {"dtype": dtype, "layout": layout, "device": device, "affine": affine, "split": split}
         for shape in (1, c), (1, c, 1, 1), (1, c, 7, 7), (1, c, 5), (4, c, 5), (1, c, 3, 8), (2, c, 2, 3, 4):
@@ -127,7 +160,9 @@ def test_seam_of_two_types_promotes(types, device):
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_split_add_is_pytorchs_addition_to_the_bit(dtype, device):
     left, right = (torch.randn(5, 6, 7, 7, device=device).to(dtype) for _ in range(2))
-    left[0, 0, 0, :5] = torch.tensor([-0.0, float("inf"), float("nan"), float("-inf"), torch.finfo(dtype).max])
+    left[0, 0, 0, :5] = torch.tensor(
+        [-0.0, float("inf"), float("nan"), float("-inf"), torch.finfo(dtype).max]
+    )
     right[0, 0, 0, :5] = torch.tensor([-0.0, float("-inf"), 1, 1, torch.finfo(dtype).max])
     bits = torch.int64 if dtype == torch.float64 else torch.int32 if dtype == torch.float32 else torch.int16
     for layout, split in itertools.product(CORNERS, (False, True)):
@@ -142,8 +177,10 @@ def test_split_add_is_pytorchs_addition_to_the_bit(dtype, device):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("name", ALL)
 def test_real_sizes_against_eager(name, dtype, device):
-    """Sizes at which the work is divided, against PyTorch in the same type; what is rounded between is let pass."""
-    for shape, layout in itertools.product(((64, 64, 16, 16), (32, 512, 4, 4), (8, 24, 65, 33), (300, 200)), CORNERS):
+    """Sizes at which the work is divided, against PyTorch in the same type; roundings between pass."""
+    for shape, layout in itertools.product(
+        ((64, 64, 16, 16), (32, 512, 4, 4), (8, 24, 65, 33), (300, 200)), CORNERS
+    ):
         given = sample(name, shape, dtype, layout, device, split=name in SEAMS)
         ours, theirs = given.fresh(), given.fresh()
         outputs, wanted = ours.call(), theirs.eager()
@@ -157,12 +194,14 @@ def test_real_sizes_against_eager(name, dtype, device):
             gradients_out = [torch.randn_like(y) for y in wanted]
         gradients = torch.autograd.grad(outputs, ours.sources(), gradients_out)
         wanted = torch.autograd.grad(wanted, theirs.sources(), gradients_out)
-        torch.testing.assert_close(gradients[:len(given.inputs)], wanted[:len(given.inputs)], **rough)
+        torch.testing.assert_close(gradients[: len(given.inputs)], wanted[: len(given.inputs)], **rough)
         count = shape[0] * torch.Size(shape[2:]).numel()
-        for got, want in zip(gradients[len(given.inputs):], wanted[len(given.inputs):], strict=True):
-            torch.testing.assert_close(got, want, rtol=rough["rtol"], atol=rough["atol"] * count ** 0.5)
+        for got, want in zip(gradients[len(given.inputs) :], wanted[len(given.inputs) :], strict=True):
+            torch.testing.assert_close(got, want, rtol=rough["rtol"], atol=rough["atol"] * count**0.5)
         if layout == "channels_last" and len(shape) == 4:
-            assert all(g.is_contiguous(memory_format=torch.channels_last) for g in gradients[:len(given.inputs)])
+            assert all(
+                g.is_contiguous(memory_format=torch.channels_last) for g in gradients[: len(given.inputs)]
+            )
 
 
 # Gradients of gradients
@@ -171,7 +210,9 @@ def test_real_sizes_against_eager(name, dtype, device):
 def away_from_corner(name, shape, layout, training, slope):
     """A float64 sample with nothing within reach of gradcheck's step from the activation's corner."""
     for _ in range(1000):
-        given = sample(name, shape, torch.float64, layout, training=training, slope=slope, split=name in SEAMS)
+        given = sample(
+            name, shape, torch.float64, layout, training=training, slope=slope, split=name in SEAMS
+        )
         if name == "split_add":
             return given
         before = Expected(given).before
@@ -209,16 +250,23 @@ def test_first_gradient_is_the_same_when_it_is_differentiable(dtype):
 @pytest.mark.parametrize("name", NORMS)
 def test_second_gradients_of_float32_are_those_of_float64(name):
     """float64 goes through PyTorch's operations alone; gradgradcheck has seen those."""
+
     def second(given):
         fresh, turn = given.fresh(), torch.linspace(0.5, 1.5, 7, dtype=torch.float64)
-        loss = sum((y * turn[:y.shape[-1]].to(y)).sin().sum() for y in fresh.call())
+        loss = sum((y * turn[: y.shape[-1]].to(y)).sin().sum() for y in fresh.call())
         first = torch.autograd.grad(loss, fresh.sources(), create_graph=True)
         return torch.autograd.grad(sum(g.sin().sum() for g in first), fresh.sources())
 
     for layout, training, affine in itertools.product(CORNERS, (True, False), ("both", "none")):
-        given = sample(name, (4, 6, 5, 5), torch.float64, layout, training=training, affine=affine, split=name in SEAMS)
-        torch.testing.assert_close(second(given.mapped(torch.Tensor.float)), tuple(map(torch.Tensor.float, second(given))),
-                                   rtol=1e-3, atol=1e-3)
+        given = sample(
+            name, (4, 6, 5, 5), torch.float64, layout, training=training, affine=affine, split=name in SEAMS
+        )
+        torch.testing.assert_close(
+            second(given.mapped(torch.Tensor.float)),
+            tuple(map(torch.Tensor.float, second(given))),
+            rtol=1e-3,
+            atol=1e-3,
+        )
 
 
 def test_a_weight_that_depends_on_the_input():
@@ -226,8 +274,8 @@ def test_a_weight_that_depends_on_the_input():
     x = torch.randn(4, 6, 5, 5, requires_grad=True)
     weight, bias = x.mean((0, 2, 3)) + 1, torch.zeros(6)
     y = torch.ops.gan_ops.batch_norm_leaky_relu(x, weight, bias, None, None, True, 0.1, 1e-5, 0.2)
-    plain, = torch.autograd.grad(y.sin().sum(), x, retain_graph=True)
-    again, = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+    (plain,) = torch.autograd.grad(y.sin().sum(), x, retain_graph=True)
+    (again,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
     torch.testing.assert_close(again, plain)
 
 
@@ -252,25 +300,30 @@ def test_schemas():
 @pytest.mark.parametrize("name", ALL)
 def test_opcheck(name, device):
     split = name in SEAMS
-    for given in (sample(name, (3, 4, 3, 2), torch.float32, "contiguous", device, split=split),
-                  sample(name, (2, 4, 3, 3), torch.bfloat16, "channels_last", device, "none", training=False),
-                  sample(name, (5, 2), torch.float64, "strided", device, "weight", False, split=split)):
+    for given in (
+        sample(name, (3, 4, 3, 2), torch.float32, "contiguous", device, split=split),
+        sample(name, (2, 4, 3, 3), torch.bfloat16, "channels_last", device, "none", training=False),
+        sample(name, (5, 2), torch.float64, "strided", device, "weight", False, split=split),
+    ):
         for call in (given, given.fresh()):
             torch.library.opcheck(call.op.default, call.arguments)
 
 
 def strides(outputs):
-    """What a caller can see of each output's memory: a stride of a size of 1 or of an empty tensor means nothing."""
-    return [(y.shape, y.dtype, y.device.type,
-             [s for s, n in zip(y.stride(), y.shape) if n > 1 and y.numel()]) for y in outputs]
+    """What can be seen of each output's memory: a stride of a size of 1, or of nothing, means nothing."""
+    return [
+        (y.shape, y.dtype, y.device.type, [s for s, n in zip(y.stride(), y.shape) if n > 1 and y.numel()])
+        for y in outputs
+    ]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ALL)
 def test_fake_and_meta_tell_the_truth(name, device):
     sizes = (2, 6), (3, 6, 4), (2, 6, 5, 3), (1, 2, 1, 1), (0, 4, 3, 3), (2, 2, 1, 4)
-    for shape, layout, dtype, split in itertools.product(sizes, LAYOUTS, (torch.float32, torch.float16),
-                                                         (False, True) if name in SEAMS else (False,)):
+    for shape, layout, dtype, split in itertools.product(
+        sizes, LAYOUTS, (torch.float32, torch.float16), (False, True) if name in SEAMS else (False,)
+    ):
         if layout == "unaligned":
             continue  # looks contiguous
         given = sample(name, shape, dtype, layout, device, training=shape != sizes[3], split=split)
@@ -279,7 +332,9 @@ def test_fake_and_meta_tell_the_truth(name, device):
         real = strides(given.fresh().call())
         with FakeTensorMode() as mode:
             assert strides(given.mapped(mode.from_tensor).call()) == real
-        outputs = given.mapped(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")).call()
+        outputs = given.mapped(
+            lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+        ).call()
         assert {y.device.type for y in outputs} == {"meta"}
         assert [s[:2] + s[3:] for s in strides(outputs)] == [s[:2] + s[3:] for s in real]
 
@@ -306,7 +361,10 @@ def forward_and_backward(function, given):
 def test_compiled(name, device, compiler):
     op = getattr(torch.ops.gan_ops, name)
     compiled = compiler(lambda *a: op(*a), dynamic=False)
-    for training, dtype, layout in ((True, torch.float32, "contiguous"), (False, torch.bfloat16, "channels_last")):
+    for training, dtype, layout in (
+        (True, torch.float32, "contiguous"),
+        (False, torch.bfloat16, "channels_last"),
+    ):
         given = sample(name, (4, 6, 5, 5), dtype, layout, device, training=training, split=name in SEAMS)
         torch.testing.assert_close(forward_and_backward(compiled, given), forward_and_backward(op, given))
 
@@ -347,19 +405,27 @@ def test_mean_far_from_zero(name, layout, device):
     for shape in (64, 6, 8, 8), (64, 6), (3, 6, 64, 64):
         given = sample(name, shape, torch.float32, layout, device, momentum=1.0)
         x = torch.randn(shape) + 1000
-        given.inputs = tuple(laid(t.to(device), layout) for t in ((x - 400, torch.full(shape, 400.)) if
-                                                                  name in SEAMS else (x,)))
+        given.inputs = tuple(
+            laid(t.to(device), layout)
+            for t in ((x - 400, torch.full(shape, 400.0)) if name in SEAMS else (x,))
+        )
         expected = Expected(given)
         gradients_out = [g * (expected.outputs[0].abs() > 0.01) for g in expected.gradients_out()]
         gradients_out = [g.to(device).float() for g in gradients_out]
         outputs, gradients, (mean, var) = run(given, gradients_out)
-        torch.testing.assert_close(outputs[0].cpu().double(), expected.outputs[0].detach(), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            outputs[0].cpu().double(), expected.outputs[0].detach(), rtol=1e-3, atol=1e-3
+        )
         torch.testing.assert_close(mean.cpu().double(), expected.mean, rtol=1e-6, atol=0)
         torch.testing.assert_close(var.cpu().double(), expected.var, rtol=1e-3, atol=0)
-        wanted = torch.autograd.grad(expected.outputs, expected.sources, [g.cpu().double() for g in gradients_out])
+        wanted = torch.autograd.grad(
+            expected.outputs, expected.sources, [g.cpu().double() for g in gradients_out]
+        )
         torch.testing.assert_close(gradients[0].cpu().double(), wanted[0], rtol=1e-3, atol=1e-3)
-        for got, want in zip(gradients[len(given.inputs):], wanted[1:], strict=True):
-            torch.testing.assert_close(got.cpu().double(), want, rtol=1e-3, atol=1e-3 * expected.x.numel() ** 0.5)
+        for got, want in zip(gradients[len(given.inputs) :], wanted[1:], strict=True):
+            torch.testing.assert_close(
+                got.cpu().double(), want, rtol=1e-3, atol=1e-3 * expected.x.numel() ** 0.5
+            )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -372,9 +438,16 @@ def test_zeros_take_the_slope(name, dtype, device):
         x = torch.full(shape, zero, dtype=dtype, device=device)
         x[:, :, 1] = 2
         x[:, :, 2] = -2
-        given = Sample(name, tuple(laid(t, layout) for t in ((x, x * 0.0) if name in SEAMS else (x,))), slope=slope,
-                       training=False, eps=0.25)
-        given.mean, given.var = (torch.full((4,), v, dtype=parameter_type(dtype), device=device) for v in (0, 3.75))
+        given = Sample(
+            name,
+            tuple(laid(t, layout) for t in ((x, x * 0.0) if name in SEAMS else (x,))),
+            slope=slope,
+            training=False,
+            eps=0.25,
+        )
+        given.mean, given.var = (
+            torch.full((4,), v, dtype=parameter_type(dtype), device=device) for v in (0, 3.75)
+        )
         ones = torch.ones_like(x)
         (y,), gradients, _ = run(given, [ones])
         below = torch.full_like(x, slope / 2)
@@ -388,7 +461,8 @@ def test_zeros_take_the_slope(name, dtype, device):
 @pytest.mark.parametrize("name", NORMS)
 def test_not_numbers_and_infinities_stay_in_their_channel(name, dtype, device):
     for layout, training, value, slope in itertools.product(
-            CORNERS, (True, False), (float("nan"), float("inf"), float("-inf")), (0.2, 0.0)):
+        CORNERS, (True, False), (float("nan"), float("inf"), float("-inf")), (0.2, 0.0)
+    ):
         given = sample(name, (3, 6, 5, 5), dtype, layout, device, training=training, slope=slope)
         clean = run(given)
         given.inputs[0][1, 2, 3, 1] = value
@@ -436,8 +510,11 @@ def test_constant_channel(name, device):
 def test_same_bits_again_and_with_another_number_of_threads(name, device):
     threads = torch.get_num_threads()
     try:
-        for shape, dtype, layout in itertools.product(((64, 64, 16, 16), (2, 2, 200, 190), (40, 130, 7, 7), (3000, 70)),
-                                                      (torch.float32, torch.bfloat16), CORNERS):
+        for shape, dtype, layout in itertools.product(
+            ((64, 64, 16, 16), (2, 2, 200, 190), (40, 130, 7, 7), (3000, 70)),
+            (torch.float32, torch.bfloat16),
+            CORNERS,
+        ):
             given = sample(name, shape, dtype, layout, device, split=name in SEAMS)
             torch.set_num_threads(1)
             first = run(given)
@@ -463,13 +540,24 @@ WRONG = [  # operations, what is put in the place of what, words of the message
     *((NORMS, {key: lambda t: t.repeat_interleave(2)[::2]}, (key, "contiguous")) for key in TENSORS[2:]),
     *((NORMS, {key: lambda t: None}, TENSORS[2:]) for key in TENSORS[2:]),
     (NORMS, dict.fromkeys(TENSORS[2:], lambda t: None) | {"training": lambda t: False}, TENSORS[2:]),
-    (NORMS, {"eps": lambda t: -1.0}, ("eps",)), (NORMS, {"eps": lambda t: float("nan")}, ("eps",)),
-    (NORMS, dict.fromkeys(("x", "left", "right"), lambda t: t[:1, :, :1, :1]), ("more than 1 value per channel",)),
+    (NORMS, {"eps": lambda t: -1.0}, ("eps",)),
+    (NORMS, {"eps": lambda t: float("nan")}, ("eps",)),
+    (
+        NORMS,
+        dict.fromkeys(("x", "left", "right"), lambda t: t[:1, :, :1, :1]),
+        ("more than 1 value per channel",),
+    ),
     (ALL, dict.fromkeys(("x", "left", "right"), lambda t: t[0, 0, 0]), ("dimensions",)),
     (ALL, dict.fromkeys(("x", "left", "right"), lambda t: t.long()), ("float",)),
-    (SEAMS, {"right": lambda t: t.long()}, ("right", "float")), (SEAMS, {"right": lambda t: t.to("meta")}, ("right", "cpu")),
-    (SEAMS, {"right": lambda t: t[:1]}, ("right", "left")), (SEAMS, {"left": lambda t: t[:, :, 0]}, ("right", "left")),
-    (SEAMS, dict.fromkeys(("left", "right"), lambda t: t[:, :3]) | dict.fromkeys(TENSORS, lambda t: None), ("even",)),
+    (SEAMS, {"right": lambda t: t.long()}, ("right", "float")),
+    (SEAMS, {"right": lambda t: t.to("meta")}, ("right", "cpu")),
+    (SEAMS, {"right": lambda t: t[:1]}, ("right", "left")),
+    (SEAMS, {"left": lambda t: t[:, :, 0]}, ("right", "left")),
+    (
+        SEAMS,
+        dict.fromkeys(("left", "right"), lambda t: t[:, :3]) | dict.fromkeys(TENSORS, lambda t: None),
+        ("even",),
+    ),
 ]
 
 
@@ -481,11 +569,17 @@ def test_wrong_argument_is_named(number):
         given = sample(name, (3, 4, 5, 5), dtype, split=name in SEAMS)
         for fresh in (given.fresh(), given.fresh(grad=False)):
             keys = [a.name for a in given.op.default._schema.arguments]
-            arguments = {key: changes[key](t) if key in changes else t for key, t in zip(keys, fresh.arguments)}
+            arguments = {
+                key: changes[key](t) if key in changes else t for key, t in zip(keys, fresh.arguments)
+            }
             with pytest.raises((RuntimeError, ValueError)) as raised:
                 given.op(**arguments)
             assert all(word in str(raised.value).lower() for word in words), str(raised.value)
-            assert given.mean is None or torch.equal(fresh.mean, given.mean) and torch.equal(fresh.var, given.var)
+            assert (
+                given.mean is None
+                or torch.equal(fresh.mean, given.mean)
+                and torch.equal(fresh.var, given.var)
+            )
 
 
 # Autograd, versions, memory
@@ -508,7 +602,7 @@ def test_input_changed_before_backward(name):
         x = given.inputs[0] * 1
         given.inputs, weight = (x,), given.weight * 1
         given.weight = weight
-        y, = given.call()
+        (y,) = given.call()
         with torch.no_grad():
             (x if key == "inputs" else weight).mul_(2)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -519,7 +613,9 @@ def test_input_changed_before_backward(name):
 @pytest.mark.parametrize("name", ALL)
 def test_without_gradients(name, device):
     for training, layout in itertools.product((True, False), CORNERS):
-        given = sample(name, (4, 6, 5, 5), layout=layout, device=device, training=training, split=name in SEAMS)
+        given = sample(
+            name, (4, 6, 5, 5), layout=layout, device=device, training=training, split=name in SEAMS
+        )
         wanted = run(given)
         for mode in torch.no_grad, torch.inference_mode:
             for grad in (True, False):
@@ -570,7 +666,9 @@ def test_one_half_unused(name, dtype, device):
         assert same(list(torch.autograd.grad(fresh.call()[used], fresh.sources(), g)), wanted)
         fresh = given.fresh()  # and through the path that can be differentiated again
         got = torch.autograd.grad(fresh.call()[used], fresh.sources(), g, create_graph=True)
-        torch.testing.assert_close(list(got), wanted, rtol=0.02, atol=0.05 if dtype == torch.bfloat16 else 1e-7)
+        torch.testing.assert_close(
+            list(got), wanted, rtol=0.02, atol=0.05 if dtype == torch.bfloat16 else 1e-7
+        )
 
 
 # Autocast
@@ -579,7 +677,7 @@ def test_one_half_unused(name, dtype, device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), ids=str)
 def test_autocast(layout, device):
-    """16-bit x from convolutions beside float32 parameters, whose gradients are float32; a seam of two types widens."""
+    """16-bit x beside float32 parameters, whose gradients are float32; a seam of two types widens."""
     x = torch.randn(4, 3, 8, 8, device=device).contiguous(memory_format=layout)
     kernels = [(0.3 * torch.randn(s, device=device)).requires_grad_() for s in ((6, 3, 3, 3), (6, 3, 3, 3))]
     results = []
@@ -589,7 +687,7 @@ def test_autocast(layout, device):
         numbers = {"training": True, "momentum": 0.1, "eps": 1e-5, "slope": 0.2}
 
         def apply(name, *inputs, i, split=False):
-            tensors = *affine[2 * i:2 * i + 2], *statistics[2 * i:2 * i + 2]  # noqa: B023
+            tensors = *affine[2 * i : 2 * i + 2], *statistics[2 * i : 2 * i + 2]  # noqa: B023
             if ours:  # noqa: B023
                 return Sample(name, inputs, *tensors, **numbers, split=split).call()  # noqa: B023
             return composed(name, inputs, *tensors, **numbers, split=split)[0]  # noqa: B023
@@ -597,12 +695,12 @@ def test_autocast(layout, device):
         with torch.autocast(device, dtype=torch.bfloat16):
             one, two = (F.conv2d(x, k, padding=1) for k in kernels)
             assert one.dtype == torch.bfloat16
-            y, = apply("batch_norm_leaky_relu", one, i=0)
-            z, = apply("leaky_relu_batch_norm", two, i=1)
+            (y,) = apply("batch_norm_leaky_relu", one, i=0)
+            (z,) = apply("leaky_relu_batch_norm", two, i=1)
             a, b = apply("split_add_batch_norm_leaky_relu", y, z, i=2, split=True)
-            c, = apply("split_add", a, b.float(), i=0)
+            (c,) = apply("split_add", a, b.float(), i=0)
             assert [t.dtype for t in (y, z, a, b, c)] == [torch.bfloat16] * 4 + [torch.float32]
-            wide, = apply("split_add_batch_norm_leaky_relu", y.float(), z, i=2)
+            (wide,) = apply("split_add_batch_norm_leaky_relu", y.float(), z, i=2)
             assert wide.dtype == torch.float32
             if ours:
                 assert all(t.is_contiguous(memory_format=layout) for t in (y, z, a, b, c, wide))
@@ -622,7 +720,9 @@ def test_autocast(layout, device):
 needs_gpu = pytest.mark.skipif("cuda" not in DEVICES, reason="no CUDA device")
 
 
-def on_gpu(name="batch_norm_leaky_relu", shape=(64, 128, 32, 32), layout="contiguous", device="cuda", **numbers):
+def on_gpu(
+    name="batch_norm_leaky_relu", shape=(64, 128, 32, 32), layout="contiguous", device="cuda", **numbers
+):
     return sample(name, shape, torch.bfloat16, layout, device, split=name in SEAMS, **numbers)
 
 

@@ -1,4 +1,5 @@
 """The networks are the ones that the docstrings name: shapes, numbers of weights, first weights, labels."""
+
 import copy
 
 import pytest
@@ -18,7 +19,8 @@ CONVS = nn.Conv2d, nn.ConvTranspose2d
 def networks(script, flags, classes=10):
     """(generator, discriminator) that a command line gives, here for this many classes."""
     args = script.parse(flags.split())[0]
-    if hasattr(args, "names"): args.names = [str(i) for i in range(classes)]
+    if hasattr(args, "class_names"):
+        args.class_names = [str(i) for i in range(classes)]
     return script.make_networks(args)
 
 
@@ -29,8 +31,10 @@ def count(network):
 def randomised(network):
     """The network with every weight, bias and statistic drawn by chance."""
     for name, value in network.state_dict().items():
-        if name.endswith("running_var"): value.uniform_(0.5, 2)
-        elif value.is_floating_point(): value.normal_(0, 0.3)
+        if name.endswith("running_var"):
+            value.uniform_(0.5, 2)
+        elif value.is_floating_point():
+            value.normal_(0, 0.3)
     return network
 
 
@@ -49,8 +53,17 @@ def convolutions(channels):
     return sum(a * b * 16 + b for a, b in zip(channels, channels[1:])) + channels[-1] * 16 + 1
 
 
+def of_digits():
+    """cgan_residual.py's networks counted by hand."""
+    g = 256 * 3136 + 3136  # linear layer to 64x7x7
+    g += 4 * 64 + 2 * 9 * 64 * 64  # residual block: two batch norms, two convolutions
+    g += 2 * 64 + 16 * 64 * 32 + 2 * 32 + 16 * 32 * 16 + 2 * 16  # batch norms, transposed convolutions
+    g += 9 * 16 + 1
+    return g, CONDITIONAL_D
+
+
 # Three convolutions and two linear layers, and a vector of 256 for each of ten classes
-JUDGE = 16 * 16 + 16 + 512 * 16 + 32 + 9 * 32 * 64 + 64 + 1024 * 256 + 256 + 256 + 1 + 10 * 256
+CONDITIONAL_D = 16 * 16 + 16 + 512 * 16 + 32 + 9 * 32 * 64 + 64 + 1024 * 256 + 256 + 256 + 1 + 10 * 256
 
 
 def of_style(w, classes):
@@ -61,16 +74,20 @@ def of_style(w, classes):
     return g
 
 
-@pytest.mark.parametrize("script, flags, g, d", [
-    (dcgan, "--recipe classic", 3_576_704, 2_765_568), (dcgan, "", 3_576_704, 2_765_568 + 16),
-    (cspup128, "--scheme exact", *of_cspup(64)), (cspup128, "--scheme exact --width 6", *of_cspup(6)),
-    (cgan_residual, "", 256 * 3136 + 3136 + 4 * 64 + 2 * 9 * 64 * 64 + 2 * 64 + 16 * 64 * 32 + 2 * 32
-     + 16 * 32 * 16
-     + 2 * 16 + 9 * 16 + 1, JUDGE),
-    (fashion_keras_port, "", 1_489_936, 533_505),
-    (fashion_keras_port, "--conditional", 1_489_936 + 2560, 533_505 + 2560),
-    (fashion_keras_port, "--arch style --conditional", of_style(16, 10), JUDGE)],
-    ids=lambda value: getattr(value, "SCRIPT", None))
+@pytest.mark.parametrize(
+    "script, flags, g, d",
+    [
+        (dcgan, "--recipe classic", 3_576_704, 2_765_568),
+        (dcgan, "", 3_576_704, 2_765_568 + 16),
+        (cspup128, "--scheme exact", *of_cspup(64)),
+        (cspup128, "--scheme exact --width 6", *of_cspup(6)),
+        (cgan_residual, "", *of_digits()),
+        (fashion_keras_port, "", 1_489_936, 533_505),
+        (fashion_keras_port, "--conditional", 1_489_936 + 2560, 533_505 + 2560),
+        (fashion_keras_port, "--arch style --conditional", of_style(16, 10), CONDITIONAL_D),
+    ],
+    ids=lambda value: getattr(value, "SCRIPT", None),
+)
 def test_numbers_of_weights(script, flags, g, d):
     assert tuple(map(count, networks(script, flags))) == (g, d)
 
@@ -79,28 +96,45 @@ def test_the_default_discriminator_of_cspup128_is_twice_as_wide_at_its_end():
     assert count(networks(cspup128, "--width 6")[1]) == convolutions([3, 6, 12, 24, 96, 192])
 
 
-@pytest.mark.parametrize("script, flags, shapes", [
-    (dcgan, "--width 4", [(32, 4, 4), (16, 8, 8), (8, 16, 16), (4, 32, 32)]),
-    (dcgan, "--width 2 --size 128 --channels 1", [(16, 4, 4), (16, 8, 8), (8, 16, 16), (4, 32, 32),
-                                                  (2, 64, 64)]),
-    (cspup128, "--width 2", [(32, 4, 4), (16, 8, 8), (8, 16, 16), (4, 32, 32), (2, 64, 64)]),
-    (cspup128, "--width 2 --scheme exact", [(32, 4, 4), (16, 8, 8), (8, 16, 16), (4, 32, 32), (2, 64, 64)]),
-    (cgan_residual, "--width 2", [(8, 7, 7), (4, 14, 14), (2, 28, 28)]),
-    (cgan_residual, "--width 2 --blocks 3", [(8, 7, 7), (4, 14, 14), (2, 28, 28)]),
-    (fashion_keras_port, "--width 2 --arch style", [(8, 7, 7), (4, 14, 14), (2, 28, 28)])],
-    ids=lambda value: getattr(value, "SCRIPT", None))
-def test_each_layer_doubles_the_picture(script, flags, shapes):
+@pytest.mark.parametrize(
+    "script, flags, shapes",
+    [
+        (dcgan, "--width 4", [(32, 4, 4), (16, 8, 8), (8, 16, 16), (4, 32, 32)]),
+        (
+            dcgan,
+            "--width 2 --size 128 --channels 1",
+            [(16, 4, 4), (16, 8, 8), (8, 16, 16), (4, 32, 32), (2, 64, 64)],
+        ),
+        (cspup128, "--width 2", [(32, 4, 4), (16, 8, 8), (8, 16, 16), (4, 32, 32), (2, 64, 64)]),
+        (
+            cspup128,
+            "--width 2 --scheme exact",
+            [(32, 4, 4), (16, 8, 8), (8, 16, 16), (4, 32, 32), (2, 64, 64)],
+        ),
+        (cgan_residual, "--width 2", [(8, 7, 7), (4, 14, 14), (2, 28, 28)]),
+        (cgan_residual, "--width 2 --blocks 3", [(8, 7, 7), (4, 14, 14), (2, 28, 28)]),
+        (fashion_keras_port, "--width 2 --arch style", [(8, 7, 7), (4, 14, 14), (2, 28, 28)]),
+    ],
+    ids=lambda value: getattr(value, "SCRIPT", None),
+)
+def test_each_layer_doubles_the_image(script, flags, shapes):
     G, D = networks(script, flags)
     seen = []
+
+    def note(module, inputs, output):
+        for x in (*inputs, output):
+            if torch.is_tensor(x) and x.ndim == 4:
+                seen.append(tuple(x.shape[1:]))
+
     for module in G.modules():
-        module.register_forward_hook(lambda m, inputs, output: seen.extend(
-            tuple(x.shape[1:]) for x in (*inputs, output) if torch.is_tensor(x) and x.ndim == 4))
+        module.register_forward_hook(note)
     args = script.parse(flags.split())[0]
-    pictures = G(torch.randn(3, script.Z + 10 * (script is cgan_residual)))
+    z_dim = script.Z_DIM + 10 if script is cgan_residual else script.Z_DIM
+    images = G(torch.randn(3, z_dim))
     places = [seen.index(shape) for shape in shapes]
     assert places == sorted(places)
-    assert pictures.shape == (3, args.channels, args.size, args.size) and pictures.abs().max() <= 1
-    assert D(pictures).shape == ((3,) if script in (dcgan, cspup128) else (3, 1))
+    assert images.shape == (3, args.channels, args.size, args.size) and images.abs().max() <= 1
+    assert D(images).shape == ((3,) if script in (dcgan, cspup128) else (3, 1))
 
 
 @pytest.mark.parametrize("script", [dcgan, cspup128, cgan_residual], ids=lambda script: script.SCRIPT)
@@ -109,8 +143,8 @@ def test_first_weights_are_dcgans(script):
     torch.manual_seed(0)
     G, D = networks(script, "")
     nets = [G, D] if script is dcgan else [G]
-    weights = [m.weight.flatten() for net in nets for m in net.modules()
-               if isinstance(m, (*CONVS, nn.Linear))]
+    layers = [m for net in nets for m in net.modules() if isinstance(m, (*CONVS, nn.Linear))]
+    weights = [layer.weight.flatten() for layer in layers]
     assert torch.cat(weights).std().item() == pytest.approx(0.02, rel=0.02)
     norms = torch.cat([m.weight for m in G.modules() if isinstance(m, nn.BatchNorm2d)])
     if script is not cgan_residual:
@@ -134,7 +168,8 @@ def test_the_block_that_circulates_pads_by_0_and_its_sum_fails():
     halves = torch.randn(2, 1, 4, 6, 6)
     assert torch.equal(torch.cat(block(*halves), 1), block.left(halves[0]) + block.right(halves[1]))
     for layer in block.right:
-        if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3): layer.padding = (0, 0)
+        if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
+            layer.padding = (0, 0)
     with pytest.raises(RuntimeError):
         block(*halves)
 
@@ -148,15 +183,16 @@ def test_the_seam_adds_normalises_activates_and_splits_in_this_order():
     torch.testing.assert_close(torch.cat(made, dim=1), torch.where(x > 0, x, 0.3 * x))
 
 
-@pytest.mark.parametrize("up, left, right", [("nearest", "bilinear", "nearest"), ("bilinear", "bilinear",
-                                                                                  "bilinear"),
-                                             ("deconv", None, None)])
-def test_what_doubles_the_picture_in_each_branch(up, left, right):
+@pytest.mark.parametrize(
+    "up, left, right",
+    [("nearest", "bilinear", "nearest"), ("bilinear", "bilinear", "bilinear"), ("deconv", None, None)],
+)
+def test_what_doubles_the_image_in_each_branch(up, left, right):
     G, _ = networks(cspup128, f"--width 2 --up {up}")
     assert G(torch.randn(2, 100)).shape == (2, 3, 128, 128)
     for number, block in enumerate(G.blocks):  # the first makes 4x4 of 1x1
-        for layer, how in ((block.left, left), (block.right[2], right)):
-            assert getattr(layer, "mode", None) == (how if number else None)
+        for layer, mode in ((block.left, left), (block.right[2], right)):
+            assert getattr(layer, "mode", None) == (mode if number > 0 else None)
 
 
 @pytest.mark.parametrize("convs", [4, 5])
@@ -166,24 +202,26 @@ def test_four_or_five_strided_convolutions(convs):
     assert D(torch.randn(3, 3, 128, 128)).shape == (3,)
 
 
-def test_the_spread_of_a_batch_is_the_mean_deviation_of_its_features():
-    D = randomised(dcgan.Discriminator(32, 3, 2, spread=True)).eval()
+def test_minibatch_standard_deviation_is_the_mean_over_the_features():
+    D = randomised(dcgan.Discriminator(32, 3, 2, minibatch_std=True)).eval()
     x = torch.randn(6, 3, 32, 32)
     features = D.layers(x)
-    more = features.var(0, unbiased=False).add(1e-8).sqrt().mean().expand(6, 1, 4, 4)
-    torch.testing.assert_close(D(x), F.conv2d(torch.cat([features, more], 1), D.logit.weight).flatten())
+    std = features.var(0, unbiased=False).add(1e-8).sqrt().mean().expand(6, 1, 4, 4)
+    torch.testing.assert_close(D(x), F.conv2d(torch.cat([features, std], 1), D.logit.weight).flatten())
     same = D(x[:1].expand(6, -1, -1, -1))
-    assert (same[0] - D(x)[0]).abs() > 1e-4  # one and the same picture, beside others and beside itself
+    assert (same[0] - D(x)[0]).abs() > 1e-4  # one and the same image, beside others and beside itself
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_residual_block_adds_to_x_what_it_computes(training):
     block = randomised(cgan_residual.Residual(6, 0.0)).train(training)
-    state, x = copy.deepcopy(block.state_dict()), torch.randn(4, 6, 7, 7)
+    state = copy.deepcopy(block.state_dict())
+    x = torch.randn(4, 6, 7, 7)
 
     def normalised(x, name):
-        mean, var, weight, bias = (state[f"{name}.{k}"] for k in ("running_mean", "running_var", "weight",
-                                                                  "bias"))
+        mean, var, weight, bias = (
+            state[f"{name}.{k}"] for k in ("running_mean", "running_var", "weight", "bias")
+        )
         return F.leaky_relu(F.batch_norm(x, mean.clone(), var.clone(), weight, bias, training), 0.2)
 
     added = F.conv2d(normalised(x, "layers.0"), state["layers.1.weight"], padding=1)
@@ -193,51 +231,65 @@ def test_a_residual_block_adds_to_x_what_it_computes(training):
 
 
 def test_dropout_is_for_training_alone():
-    for network, inputs in ((cgan_residual.Generator(4, dropout=0.5), [torch.randn(4, 256)]),
-                            (cgan_residual.Discriminator(4, dropout=0.5), [torch.randn(4, 1, 28, 28),
-                                                                           torch.arange(4)])):
+    for network, inputs in (
+        (cgan_residual.Generator(4, dropout=0.5), [torch.randn(4, 256)]),
+        (cgan_residual.Discriminator(4, dropout=0.5), [torch.randn(4, 1, 28, 28), torch.arange(4)]),
+    ):
         randomised(network)
         assert not torch.equal(network(*inputs), network(*inputs))
         assert torch.equal(network.eval()(*inputs), network(*inputs))
         assert any(m.p > 0 for m in type(network)().modules() if isinstance(m, nn.modules.dropout._DropoutNd))
 
 
-@pytest.mark.parametrize("script, flags", [
-    (cgan_residual, "--width 4"), *((fashion_keras_port, f"--width 4 --conditional --arch {arch}")
-                                    for arch in ("dense", "style"))])
-def test_a_label_decides_on_pictures_and_on_verdicts(script, flags):
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        (cgan_residual, "--width 4"),
+        (fashion_keras_port, "--width 4 --conditional --arch dense"),
+        (fashion_keras_port, "--width 4 --conditional --arch style"),
+    ],
+)
+def test_a_label_decides_on_images_and_on_logits(script, flags):
     """By projection: the class's vector times the features; of digits without labels the mean over all."""
     G, D = (randomised(network).eval() for network in networks(script, flags, 3))
-    pictures = G(torch.cat([torch.eye(3), torch.randn(1, script.Z).expand(3, -1)], 1)).detach()
-    assert (pictures[0] - pictures[1]).std() > 1e-5 < (pictures[1] - pictures[2]).std()
-    labels, features = torch.tensor([2, 0, 2]), D.layers(pictures)
-    each = D.logit(features) + features @ D.of_class.weight  # N,3: the logit for each class
-    asked, one_hot = each.gather(1, labels[:, None]), F.one_hot(labels, 3).float()
-    torch.testing.assert_close(D(pictures, one_hot, logits=True), asked)
-    torch.testing.assert_close(D(pictures, one_hot), asked.sigmoid())
+    images = G(torch.cat([torch.eye(3), torch.randn(1, script.Z_DIM).expand(3, -1)], 1)).detach()
+    assert (images[0] - images[1]).std() > 1e-5 < (images[1] - images[2]).std()
+    labels = torch.tensor([2, 0, 2])
+    one_hot = F.one_hot(labels, 3).float()
+    features = D.layers(images)
+    class_logits = D.logit(features) + features @ D.of_class.weight  # N,3: the logit for each class
+    expected = class_logits.gather(1, labels[:, None])
+    torch.testing.assert_close(D(images, one_hot, logits=True), expected)
+    torch.testing.assert_close(D(images, one_hot), expected.sigmoid())
     if script is cgan_residual:  # as README's text on digits calls it
-        torch.testing.assert_close(D(pictures, labels, logits=True), asked)
-        torch.testing.assert_close(D(pictures, logits=True), each.mean(1, True))
-    assert each.std(1).min() > 1e-3  # else the labels would say nothing
+        torch.testing.assert_close(D(images, labels, logits=True), expected)
+        torch.testing.assert_close(D(images, logits=True), class_logits.mean(1, True))
+    assert class_logits.std(1).min() > 1e-3  # else the labels would say nothing
 
 
 def test_styled_convolutions_are_the_papers():
-    """Weights scaled by the style and brought to one length, for each picture (Karras et al. 2020): root 2,
-    as LeakyReLU halves the power, over the taps that a pixel sees, a quarter of them where the size doubles."""
-    G, z = randomised(fashion_keras_port.StyleGenerator(2, 3)).eval(), torch.randn(3, 103)
+    """Weights are scaled by the style and brought to one length, for each image (Karras et al. 2020).
+
+    The length is root 2, as LeakyReLU halves the power, over the taps that a pixel sees, a quarter of them
+    where the size doubles.
+    """
+    G = randomised(fashion_keras_port.StyleGenerator(2, 3)).eval()
+    z = torch.randn(3, 103)
     expected = []
     for latent in G.map(z):
-        x, picture = G.start, torch.zeros(1, 1, 7, 7)
+        x, image = G.start, torch.zeros(1, 1, 7, 7)
         for i, (layer, style, grey) in enumerate(zip(G.convs, G.styles, G.greys)):
+            stride = 1 if i == 0 else 2
             weight = layer.weight * (1 + style(latent))[:, None, None, None]  # c_in,c_out,kernel,kernel
-            seen = weight.square().sum((0, 2, 3)) / (4 if i else 1)
-            length = (2 / (seen + 1e-8)).sqrt()
-            x = F.conv_transpose2d(x, weight * length[None, :, None, None], layer.bias * length,
-                                   stride=2 if i else 1, padding=1)
+            power = weight.square().sum((0, 2, 3)) / stride**2
+            length = (2 / (power + 1e-8)).sqrt()
+            weight = weight * length[None, :, None, None]
+            x = F.conv_transpose2d(x, weight, layer.bias * length, stride, padding=1)
             x = F.leaky_relu(x, 0.2)
-            if i: picture = F.interpolate(picture, scale_factor=2, mode="bilinear")
-            picture = picture + grey(x)
-        expected.append(picture.tanh())
+            if stride == 2:
+                image = F.interpolate(image, scale_factor=2, mode="bilinear")
+            image = image + grey(x)
+        expected.append(image.tanh())
     torch.testing.assert_close(G(z), torch.cat(expected), rtol=1e-4, atol=1e-4)
     assert G(z).std() > 0.03 and G(z).abs().max() < 0.99  # where tanh tells values apart
     assert (G.train()(z) - G.eval()(z)).std() > 0.01
@@ -245,7 +297,8 @@ def test_styled_convolutions_are_the_papers():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_batch_norm_modules_are_exchangeable_with_pytorchs(training):
-    x, ours, theirs = torch.randn(3, 4, 6, 5, 5), dcgan.BatchNormLeakyReLU(6, 0.1), nn.BatchNorm2d(6)
+    x = torch.randn(3, 4, 6, 5, 5)
+    ours, theirs = dcgan.BatchNormLeakyReLU(6, 0.1), nn.BatchNorm2d(6)
     theirs.load_state_dict(randomised(ours).state_dict())
     for batch in x:
         expected = F.leaky_relu(theirs.train(training)(batch), 0.1)
@@ -258,8 +311,9 @@ def test_readmes_text_on_digits_runs_in_a_run_folder(tmp_path, monkeypatch):
     """Word for word: README's own, with its names and shapes, on weights of the default's size."""
     text = (TOP / "README.md").read_text()
     (text,) = [part for part in text.split("```python\n") if part.startswith("import torch as t\n")]
-    networks_of = dict(zip(("Generator", "Discriminator"), map(randomised, networks(cgan_residual, ""))))
-    torch.save({name: network.state_dict() for name, network in networks_of.items()}, tmp_path / "models.pth")
+    G, D = map(randomised, networks(cgan_residual, ""))
+    models = {"Generator": G.state_dict(), "Discriminator": D.state_dict()}
+    torch.save(models, tmp_path / "models.pth")
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(text.split("```")[0], names)

@@ -1,4 +1,5 @@
 """Each script in a notebook with no other file of this repository there, in a real kernel."""
+
 import os
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from nbclient import NotebookClient
 
 @pytest.fixture(scope="session")
 def argv(script, tmp_path_factory):
-    """Three steps on drawings, which are decoded once for all notebooks of a script."""
+    """Three steps on drawn images, which are decoded once for all notebooks of a script."""
     packs = str(tmp_path_factory.mktemp("packs"))
     return [*TINY[script], "--data", "synthetic", "--steps", "3", "--out", "run", "--root", packs]
 
@@ -20,8 +21,8 @@ def argv(script, tmp_path_factory):
 def run_notebook(folder, cells):
     """Run cells in a fresh kernel with `folder` as its working directory; returns what they printed."""
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    NotebookClient(book, timeout=300, kernel_name="python3",
-                   resources={"metadata": {"path": str(folder)}}).execute()
+    place = {"metadata": {"path": str(folder)}}
+    NotebookClient(book, timeout=300, kernel_name="python3", resources=place).execute()
     return "".join(output.get("text", "") for cell in book.cells for output in cell.outputs)
 
 
@@ -29,8 +30,8 @@ def test_by_writefile(script, argv, tmp_path, monkeypatch):
     """`!python` is a shell's, so the environment that the tests run in is put first on its PATH."""
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     name = f"{script.SCRIPT}.py"
-    text = run_notebook(tmp_path, [f"%%writefile {name}\n{Path(script.__file__).read_text()}",
-                                   f"!python {name} {' '.join(argv)}"])
+    written = f"%%writefile {name}\n{Path(script.__file__).read_text()}"
+    text = run_notebook(tmp_path, [written, f"!python {name} {' '.join(argv)}"])
     assert (tmp_path / "run" / "models.pth").exists(), text
 
 
