@@ -625,9 +625,9 @@ def logger(args, step):
     if args.logger == "wandb":
         import wandb
 
-        options = {"project": SCRIPT, "id": args.wandb_id, "resume": "allow", "dir": args.out}
-        with wandb.init(**options, config=vars(args)) as run:
-            args.wandb_id = run.id
+        run = wandb.init(project=SCRIPT, id=args.wandb_id, resume="allow", dir=args.out, config=vars(args))
+        args.wandb_id = run.id
+        with run:
             yield run.log
     elif args.logger == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
@@ -724,7 +724,7 @@ def set_up(args, saved):
     if len(pack) < args.batch_size:
         fail(f"{len(pack)} images are too few for --batch-size {args.batch_size}")
     image_set = f"{zlib.crc32(repr(names).encode()):08x}"
-    if saved and saved["config"]["used"]["set"] != image_set:
+    if saved and saved["config"]["used"].get("set") != image_set:
         fail(f"{args.out} began with other images")
     arrays = [pack, *prepare(args, pack, names)]
     nets = make_training(args, device, precision, saved)
@@ -910,16 +910,17 @@ def parse(argv):
     add("--checkpoint", help="models.pth or checkpoint.pt (the one in --out)")
     add("--save", default="generated.npz", help="of --generate: .npz, .png or folder (%(default)s)")
 
-    # First the flags that decide on defaults, then those that the checkpoint has, then what is given
+    # Flags that are given decide on the defaults of others: by recipe, or those that a checkpoint holds
     given = parser.parse_args([word for word in argv if word not in ("-h", "--help")])
-    parser.set_defaults(script=SCRIPT, wandb_id=None, **flag_defaults(given))
+    defaults = {"script": SCRIPT, "wandb_id": None, **flag_defaults(given)}
     saved = None
     path = Path(given.checkpoint or f"{given.out}/checkpoint.pt")
     if given.generate or (given.resume and path.exists()):
         saved = load_checkpoint(path)
-        parser.set_defaults(**saved["config"] | {"out": str(path.parent)})
+        defaults.update(saved["config"], out=str(path.parent))
         if given.epochs or given.steps:
-            parser.set_defaults(epochs=None, steps=None, minutes=0)  # in place of the earlier end
+            defaults.update(epochs=None, steps=None, minutes=0)  # in place of the earlier end
+    parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     if args.logger and not args.generate and not importlib.util.find_spec(args.logger):
         fail(f"--logger {args.logger}: pip install {args.logger}")

@@ -1,4 +1,4 @@
-"""Scripts are made to be changed: each change on a renamed copy, alone in a folder, with only what is required."""
+"""Scripts are made to be changed: changes of a renamed copy, alone in a folder, with only what is required."""
 
 import csv
 import subprocess
