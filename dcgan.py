@@ -333,7 +333,10 @@ def load_pack(args):
     if args.classes:
         names = [name for name in names if set(name.split("/")[:-1]) & set(args.classes)]
 
-    code = source_of(draw_image, open_image, square, pack_images)  # what decides the pixels
+    makers = [open_image, square, pack_images]
+    if args.data == "synthetic":
+        makers.append(draw_image)
+    code = source_of(*makers)  # it decides the pixels
     key = zlib.crc32(repr([args.channels, [(name, found[name][0]) for name in names], code]).encode())
     path = Path(args.root, ".packed", f"{Path(args.data).resolve().stem}-{args.size}-{key:08x}.npy")
     if not path.exists():
@@ -418,24 +421,25 @@ def generate(args, saved):
     print(f"{args.generate} images: {path}")
 
 
-def draw_curves(out, rows, names):
+def draw_curves(out, rows):
     """Draw losses.png, scores.png and, of each other metric, NAME.png, where matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
     charts = {}
-    for name in names:
+    for name in columns_of(rows)[4:]:
         chart = "losses" if name.startswith("loss_") else "scores" if name.startswith("d_") else name
         charts.setdefault(chart, []).append(name)
-    for chart, names in charts.items():
+    for chart, members in charts.items():
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.subplots()
         axes.set(title=f"{SCRIPT}: {chart}", xlabel="step")
-        for name in names:
+        for name in members:
             points = [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
-            means = [np.mean(points[max(0, end - SMOOTH) : end], 0)[1] for end in range(1, len(points) + 1)]
-            axes.plot([step for step, _ in points], means, label=name)
+            steps, values = np.array(points).reshape(-1, 2).T
+            means = [values[max(0, end - SMOOTH) : end].mean() for end in range(1, len(values) + 1)]
+            axes.plot(steps, means, label=name)
         axes.legend()
         with replacing(out / f"{chart}.png") as part:
             figure.savefig(part)
@@ -520,6 +524,7 @@ def make_training(args, device, precision, saved):
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     parts = {"G": G, "D": D, "ema": ema, "opt_g": opt_g, "opt_d": opt_d, "scaler": scaler}
     if saved:
+        saved["scaler"] = saved.get("scaler") or scaler.state_dict()  # it began in another precision
         load_states(parts, saved)
     for optimiser, lr in (opt_g, args.lr), (opt_d, args.d_lr):  # the flags win over the checkpoint
         group = optimiser.param_groups[0]
@@ -579,7 +584,7 @@ def iterate(nets, args, step, z, real, *labels):
 
 
 class Captured:
-    """Calls `work`, from the fourth call on by a CUDA graph that is captured then."""
+    """Calls `work` three times, then captures it as a CUDA graph, which it replays from then on."""
 
     def __init__(self, work):
         self.work = work
@@ -643,15 +648,19 @@ def logger(args, step):
         yield lambda metrics, step: None
 
 
+def columns_of(rows):
+    """The names of all that any row has; the metrics are those after step, epoch, seconds and images."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
 def save_metrics(out, rows):
-    """metrics.csv, a row each LOG_EVERY steps, and its curves."""
+    """metrics.csv, a row each LOG_EVERY steps."""
     if not rows:
         return
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+    columns = columns_of(rows)
     table = [[row.get(name, math.nan) for name in columns] for row in rows]
     with replacing(out / "metrics.csv") as part:
         np.savetxt(part, table, "%.10g", ",", header=",".join(columns), comments="")
-    draw_curves(out, rows, columns[4:])  # after step, epoch, seconds and images
 
 
 def save_torch(path, content):
@@ -671,12 +680,15 @@ def save_models(path, args, nets):
 
 
 def save(args, nets, step, rows):
-    """metrics.csv, its curves, models.pth and, when all these are there, checkpoint.pt."""
+    """metrics.csv, models.pth, the curves and checkpoint.pt of a run."""
     out = Path(args.out)
     save_metrics(out, rows)
     models = save_models(out / "models.pth", args, nets)
     states = {name: part.state_dict() for name, part in nets.parts.items()}
-    save_torch(out / "checkpoint.pt", {**models, **states, "step": step, "rows": rows})
+    try:
+        draw_curves(out, rows)
+    finally:  # last, so that a kill loses none of the others; whatever the curves raise
+        save_torch(out / "checkpoint.pt", {**models, **states, "step": step, "rows": rows})
 
 
 def last_step(args, steps_per_epoch):
@@ -697,8 +709,9 @@ def training_steps(nets, args, arrays, step, last):
         # random numbers follow from --seed and the step, so that a resumed run has the same
         rng.manual_seed((args.seed * 1_000_003 + step) % 2**63)
         z = torch.randn(args.batch_size, Z_DIM, device=nets.device)
-        nets.whole = False  # an error in a step leaves the networks between two steps
-        metrics = run_step(torch.full((), step, device=nets.device), z, *next(source))
+        batch = next(source)
+        nets.whole = False  # an error in a step leaves the networks half updated
+        metrics = run_step(torch.full((), step, device=nets.device), z, *batch)
         nets.whole = True
         yield step, metrics
 
@@ -712,6 +725,7 @@ def check_finite(metrics, args, rows):
     """End with one line, after the metrics are saved, if a loss is not finite."""
     if not finite(metrics):
         save_metrics(Path(args.out), rows)
+        draw_curves(Path(args.out), rows)
         fail(f"no finite loss at step {rows[-1]['step']}: --resume --precision fp32 or a lower --lr")
 
 
@@ -724,7 +738,7 @@ def set_up(args, saved):
     if len(pack) < args.batch_size:
         fail(f"{len(pack)} images are too few for --batch-size {args.batch_size}")
     image_set = f"{zlib.crc32(repr(names).encode()):08x}"
-    if saved and saved["config"]["used"].get("set") != image_set:
+    if saved and saved["config"].get("used", {}).get("set", image_set) != image_set:
         fail(f"{args.out} began with other images")
     arrays = [pack, *prepare(args, pack, names)]
     nets = make_training(args, device, precision, saved)
@@ -765,35 +779,43 @@ def train(args, saved):
                 epoch = math.ceil(step / steps_per_epoch)
                 now = time.monotonic()
                 stop = step == last or caught or now > ends_at
-                logs = stop or step % LOG_EVERY == 0
-                draws = stop or step % sample_every == 0
-                saves = stop or (logs and now - saved_at > 60 * args.save_every)
-                keeps = args.keep_every and step % (args.keep_every * steps_per_epoch) == 0
-                if logs:
+                log_now = stop or step % LOG_EVERY == 0
+                draw_now = stop or step % sample_every == 0
+                save_now = stop or (log_now and now - saved_at > 60 * args.save_every)
+                keep_now = args.keep_every and step % (args.keep_every * steps_per_epoch) == 0
+                if log_now:
                     metrics = {name: float(value) for name, value in metrics.items()}
-                    row = {"step": step, "epoch": epoch, "seconds": round(now - began, 2)}
-                    rows.append({**row, "images": step * args.batch_size, **metrics})
+                    rows.append(
+                        {
+                            "step": step,
+                            "epoch": epoch,
+                            "seconds": round(now - began, 2),
+                            "images": step * args.batch_size,
+                            **metrics,
+                        }
+                    )
                     check_finite(metrics, args, rows)
                     bar.set_postfix({"epoch": epoch, **metrics})
                     log(metrics, step)
-                if draws or saves or keeps:
+                if draw_now or save_now or keep_now:
                     update_ema_batch_norm(nets, args)
-                if draws:
+                if draw_now:
                     grid = sample(nets.ema, fixed_z) / 255
                     with replacing(out / f"samples/epoch_{epoch:04d}.png") as part:
                         save_image(grid, part, nrow=GRID)
-                if keeps:
+                if keep_now:
                     save_models(out / f"models_{epoch:04d}.pth", args, nets)
-                if saves:
+                if save_now:
                     save(args, nets, step, rows)
                     saved_at = now
                 if stop:
                     break
-        except Exception:  # a mistake in a changed script, a closed terminal: save what is whole
+        except BaseException:  # a mistake in a changed script, a closed terminal: save what is whole
             if step > start and nets.whole and finite(metrics):
                 with contextlib.suppress(Exception):
                     update_ema_batch_norm(nets, args)
-                save(args, nets, step, rows)
+                with contextlib.suppress(SystemExit):  # where the disk is full
+                    save(args, nets, step, rows)
             raise
     finish(args, start, step, last, caught)
 
@@ -915,7 +937,7 @@ def parse(argv):
     defaults = {"script": SCRIPT, "wandb_id": None, **flag_defaults(given)}
     saved = None
     path = Path(given.checkpoint or f"{given.out}/checkpoint.pt")
-    if given.generate or (given.resume and path.exists()):
+    if given.generate or (given.resume and (given.checkpoint or path.exists())):
         saved = load_checkpoint(path)
         defaults.update(saved["config"], out=str(path.parent))
         if given.epochs or given.steps:
@@ -944,7 +966,7 @@ def main(argv=None):
     except torch.cuda.OutOfMemoryError as error:
         line = f"error: {error} (see --batch-size, --width, --device cpu)".replace("\n", " ")
     except KeyboardInterrupt:
-        line = "error: interrupted (KeyboardInterrupt) before there was anything to save"
+        line = "error: interrupted (KeyboardInterrupt)"
     except SystemExit as end:
         if not isinstance(end.code, str):
             raise

@@ -3,6 +3,7 @@
 import csv
 import importlib.machinery
 import importlib.util
+import itertools
 import json
 import math
 import multiprocessing
@@ -625,6 +626,33 @@ def test_twelve_kills_change_nothing(name, steps, root, tmp_path):
     for path in out.rglob(".part-*"):  # what the kills cut short
         path.unlink()
     same_run(tmp_path / "whole", out)
+
+
+@pytest.mark.parametrize("first, then", [("bf16", "fp16"), ("fp32", "fp16"), ("fp16", "fp32")])
+def test_a_run_goes_on_in_another_precision(first, then, root, tmp_path):
+    """As from an A100 to a T4: only fp16 scales its losses."""
+    dcgan.main(flags(dcgan, root, tmp_path, "--steps", 2, "--precision", first))
+    resume(dcgan, tmp_path, 4, "--precision", then)
+    saved = load(tmp_path / "checkpoint.pt")
+    assert saved["step"] == 4 and bool(saved["scaler"]) == (then == "fp16")
+
+
+@pytest.mark.parametrize("what, step", [("draw_curves", 10), ("batches", 12)])
+def test_an_error_in_curves_or_in_reading_loses_no_step(what, step, root, tmp_path, monkeypatch):
+    batches = dcgan.batches
+
+    def broken(*given):
+        if what == "batches":
+            yield from itertools.islice(batches(*given), step)
+        raise ZeroDivisionError
+
+    if what == "draw_curves":
+        monkeypatch.setattr(dcgan, what, lambda *given: next(broken()))
+    else:
+        monkeypatch.setattr(dcgan, what, broken)
+    with pytest.raises(ZeroDivisionError):
+        dcgan.main(flags(dcgan, root, tmp_path, "--steps", 20, "--save-every", 0))
+    assert load(tmp_path / "checkpoint.pt")["step"] == step
 
 
 def test_main_in_a_thread_trains(root, tmp_path):
