@@ -453,7 +453,7 @@ def find_celeba(root):
     """The folder img_align_celeba or its .zip below `root` or in Kaggle's input folders, else downloaded."""
     for folder in glob.escape(root), "/kaggle/input":
         for path in sorted(glob.glob(f"{folder}/**/img_align_celeba*", recursive=True)):
-            if path.endswith(("celeba", ".zip")):
+            if path.endswith(("img_align_celeba", "img_align_celeba.zip")):
                 return Path(path)
     download(torchvision.datasets.CelebA, root)
     return Path(root, "celeba", "img_align_celeba")
