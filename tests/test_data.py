@@ -383,7 +383,7 @@ def test_a_renamed_copy_with_the_same_code_uses_the_same_pack(nested, tmp_path, 
 @pytest.mark.parametrize("name", ["draw_image", "open_image", "square"])
 def test_a_mistake_in_ones_own_code_that_makes_images_is_a_traceback(name, nested, tmp_path, monkeypatch):
     """It is no broken file, and what it cut short is removed."""
-    monkeypatch.setattr(dcgan, name, lambda *given: no_such_name)  # noqa: F821
+    monkeypatch.setattr(dcgan, name, lambda *given: no_such_name)
     with pytest.raises(NameError, match="no_such_name"):
         load("synthetic" if name == "draw_image" else nested, tmp_path / "root")
     assert not list((tmp_path / "root" / ".packed").glob("*"))

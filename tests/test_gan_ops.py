@@ -687,10 +687,10 @@ def test_autocast(layout, device):
         numbers = {"training": True, "momentum": 0.1, "eps": 1e-5, "slope": 0.2}
 
         def apply(name, *inputs, i, split=False):
-            tensors = *affine[2 * i : 2 * i + 2], *statistics[2 * i : 2 * i + 2]  # noqa: B023
-            if ours:  # noqa: B023
-                return Sample(name, inputs, *tensors, **numbers, split=split).call()  # noqa: B023
-            return composed(name, inputs, *tensors, **numbers, split=split)[0]  # noqa: B023
+            tensors = *affine[2 * i : 2 * i + 2], *statistics[2 * i : 2 * i + 2]
+            if ours:
+                return Sample(name, inputs, *tensors, **numbers, split=split).call()
+            return composed(name, inputs, *tensors, **numbers, split=split)[0]
 
         with torch.autocast(device, dtype=torch.bfloat16):
             one, two = (F.conv2d(x, k, padding=1) for k in kernels)
