@@ -11,6 +11,7 @@ The generator gets the class one-hot before its noise, the discriminator by proj
 import argparse
 import contextlib
 import copy
+import csv
 import functools
 import glob
 import importlib.util
@@ -22,6 +23,7 @@ import random
 import signal
 import sys
 import time
+import unicodedata
 import zipfile
 import zlib
 from collections import Counter
@@ -62,6 +64,12 @@ SMOOTH = 10  # rows of metrics.csv that each point of a curve is the mean of
 GIF_FRAMES = 100  # most frames of evolution.gif
 COLUMNS = "step", "epoch", "seconds", "images", "loss_d", "loss_g", "d_real", "d_fake"  # of earlier versions
 EMA_IMAGES = 256  # that the averaged generator's batch norm statistics are taken over, in 4 batches
+RUN_FILES = "config.json metrics.csv losses.png scores.png samples evolution.gif checkpoint.pt models*.pth"
+NAMED_SETS = {"mnist": "MNIST", "fashion": "FashionMNIST"}  # of torchvision
+WHITES = 1, 255, 1023, 4095, 16383, 65535  # one of them is white in images of more than 8 bits
+CROPPED = 2  # longer side over shorter one, from which on half of an image is lost: it is counted
+ENLARGED = 4  # times that an image is enlarged, from which on it is counted
+Image.MAX_IMAGE_PIXELS = 14_000**2  # images of more than twice as many are left out
 # --- end shared ---
 
 
@@ -230,13 +238,16 @@ def draw_z(args, count):
 def labels_of(args, names):
     """One-hot labels, float32 N,classes, by the one folder in each image's name that is a class.
 
-    Classes are --classes or, without these, the folders that not all images are in; args.class_names is set.
+    Classes are --classes or, without these, the folders that not all images are in. args.class_names is set,
+    in the order of the checkpoint, of the named set or of the alphabet.
     """
     paths = [name.split("/")[:-1] for name in names]
     folders = set(args.classes) or set().union(*paths) - set.intersection(*map(set, paths))
     found = ["/".join(folder for folder in path if folder in folders) for path in paths]
     counts = dict(sorted(Counter(found).items()))
-    class_names = list(counts)
+    class_names = [name for name in args.class_names or classes_of_set(args.data) if name in counts]
+    if len(class_names) < len(counts):
+        class_names = list(counts)
     if len(counts) < 2 or any(not name or "/" in name for name in class_names):
         fail(f"--data {args.data}: which are the classes? It has {counts}; name them with --classes")
     if args.class_names not in (None, class_names):
@@ -247,15 +258,22 @@ def labels_of(args, names):
 
 
 def chosen_labels(args, count):
-    """One-hot labels for `count` images in order, count,classes: as many of each of --labels, or of all."""
-    numbers = list(range(len(args.class_names)))
+    """One-hot labels for `count` images in order, count,classes: as many of each of --labels, or of all.
+
+    --labels has names or, where no name is a number, numbers, as a row of CSV: names with commas in quotes.
+    """
+    names = [nfc(name) for name in args.class_names]
+    numbers = list(range(len(names)))
     if args.labels:
-        known = {str(i): i for i in numbers} | {name.lower(): i for i, name in enumerate(args.class_names)}
-        numbers = [known.get(word.strip().lower()) for word in args.labels.split(",")]
+        known = {} if any(name.isdecimal() for name in names) else {str(i): i for i in numbers}
+        known |= {name.strip().lower(): i for i, name in enumerate(names)}
+        known |= {name: i for i, name in enumerate(names)}
+        words = [args.labels] if args.labels in known else next(csv.reader([args.labels]))
+        numbers = [known.get(word, known.get(word.strip().lower())) for word in words]
         if None in numbers:
-            fail(f"--labels {args.labels}: the model has {', '.join(args.class_names)}")
+            fail(f"--labels {args.labels}: the model has {', '.join(names)} (names with commas in quotes)")
     labels = torch.tensor(numbers)[torch.arange(count) * len(numbers) // count]
-    return F.one_hot(labels, len(args.class_names)).float()
+    return F.one_hot(labels, len(names)).float()
 
 
 # --- end shared ---
@@ -265,6 +283,11 @@ def chosen_labels(args, count):
 def fail(message):
     """End with one line, which main() prints: for what can be put right without changing the code."""
     raise SystemExit("error: " + " ".join(str(message).split("\n")))
+
+
+def nfc(text):
+    """Text with each letter written in one way, of several that Unicode has: names of images and classes."""
+    return unicodedata.normalize("NFC", text)
 
 
 def download(dataset, root):
@@ -286,43 +309,86 @@ def find_celeba(root):
     return Path(root, "celeba", "img_align_celeba")
 
 
-def find_images(data, root):
-    """{name: (something that changes with the file, function that opens it)} of --data; as cat/1.png."""
-    if data == "synthetic":
-        return {name: (None, functools.partial(draw_image, i)) for i, name in enumerate(SYNTHETIC)}
-    if data in ("mnist", "fashion"):
-        kind = torchvision.datasets.MNIST if data == "mnist" else torchvision.datasets.FashionMNIST
-        dataset = download(kind, root)
-        folders = [name.split(" - ")[0].replace("/", " or ") for name in dataset.classes]
-        return {f"{folders[k]}/{i}.png": (data, image.copy) for i, (image, k) in enumerate(dataset)}
-    path = find_celeba(root) if data == "celeba" else Path(data).expanduser()
-    found = {}
+def classes_of_set(data):
+    """The classes of --data mnist or fashion, as names of folders, in the order of the set's numbers."""
+    if data not in NAMED_SETS:
+        return []
+    names = getattr(torchvision.datasets, NAMED_SETS[data]).classes
+    return [name.split(" - ")[0].replace("/", " or ") for name in names]
+
+
+def list_files(path):
+    """Yield (name, what changes with it, function that opens it or why not to) of a folder or .zip."""
     if path.is_dir():
-        for file in path.rglob("*"):  # links to folders can lead back up: not followed, but named as left out
-            if file.is_file() or file.is_symlink():
-                changed = file.is_file() and file.stat().st_mtime_ns
-                found[file.relative_to(path).as_posix()] = changed, functools.partial(Image.open, file)
-    elif zipfile.is_zipfile(path):
+        for file in sorted(path.rglob("*")):
+            name = file.relative_to(path).as_posix()
+            if file.is_file():
+                stat = file.stat()
+                stamp = str(file), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+                yield name, stamp, functools.partial(Image.open, file)
+            elif file.is_symlink():  # links to folders can lead back up
+                yield name, None, "a link to a folder, or to nothing"
+    else:
         archive = zipfile.ZipFile(path)
         for info in archive.infolist():
-            found[info.filename] = info.CRC, lambda info=info: Image.open(archive.open(info))
-    else:
+            yield info.filename, (info.CRC, info.file_size), lambda info=info: Image.open(archive.open(info))
+
+
+def find_images(data, root):
+    """{name, as cat/1.png: (what changes with the file, function that opens it or why it is left out)}."""
+    place = Path(data).expanduser()
+    if data in ("synthetic", "celeba", *NAMED_SETS) and place.exists():
+        if place.resolve() != Path(root, data).resolve():
+            fail(
+                f"--data {data} is a set and, here, a folder: ./{data} is the folder; for the set, rename it"
+            )
+    if data == "synthetic":
+        return {name: (None, functools.partial(draw_image, i)) for i, name in enumerate(SYNTHETIC)}
+    if data in NAMED_SETS:
+        dataset = download(getattr(torchvision.datasets, NAMED_SETS[data]), root)
+        folders = classes_of_set(data)
+        stamp = zlib.crc32(dataset.data.numpy())
+        return {f"{folders[k]}/{i}.png": (stamp, image.copy) for i, (image, k) in enumerate(dataset)}
+    path = find_celeba(root).resolve() if data == "celeba" else place.resolve()
+    if not path.is_dir() and not zipfile.is_zipfile(path):
         fail(f"--data {data} is none of: a folder, a .zip, synthetic, mnist, fashion, celeba")
+    found = {}
+    for name, stamp, opener in list_files(path):
+        name = nfc(name.replace("\\", "/"))  # as in zip files of Windows
+        if name in found:
+            name = f"{name} ({len(found)})"
+            opener = "a file before it has the same name"
+        if not name.endswith("/"):
+            found[name] = stamp, opener
     return found
 
 
 def open_image(opener, size):
-    """The image that opener() gives, decoded, upright, RGB or RGBA; ValueError if it has several pages."""
+    """The image that opener() gives, upright, RGB, RGBA or, if it has more than 8 bits, of mode F.
+
+    ValueError: the opener is a reason to leave it out, or there is one in the image.
+    """
+    if isinstance(opener, str):
+        raise ValueError(opener)
     image = opener()
-    if image.format == "TIFF" and image.n_frames > 1:
-        raise ValueError(f"it has {image.n_frames} pages")
+    if getattr(image, "n_frames", 1) > 1 and image.format not in ("MPO", "PSD"):  # their first is the whole
+        raise ValueError(f"it has {image.n_frames} pages or frames")
     image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at a fraction of its size
     image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":  # 16 bits, of which 12 may be in use, or numbers up to 1
-        values = np.nan_to_num(np.asarray(image, np.float32)).clip(0, 65535)
-        white = next(top for top in (1, 255, 4095, 65535) if top >= values.max())
-        image = Image.fromarray(np.uint8(values * 255 / white))
-    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+    if image.mode[0] not in "IF":
+        return image.convert("RGBA" if image.has_transparency_data else "RGB")
+    values = np.nan_to_num(np.asarray(image, np.float32))
+    if values.min() < 0:
+        raise ValueError("it has values below 0")
+    return Image.fromarray(values)
+
+
+def brightest(opener):
+    """The highest value of an image of more than 8 bits; 0 of others, and of what cannot be read."""
+    with contextlib.suppress(Exception), opener() as image:
+        if image.mode[0] in "IF":
+            return open_image(opener, size=1).getextrema()[1]
+    return 0
 
 
 def square(image, size, channels):
@@ -335,8 +401,12 @@ def square(image, size, channels):
 
 
 def pack_images(path, openers, args):
-    """Decode images, {name: opener}, into the .npy `path`, and name those left out in a .json beside it."""
-    left_out = {}
+    """Decode images, {name: opener}, into the .npy `path`, and say of some in a .json beside it.
+
+    These are the images left out, with the reasons, and odd ones with their sizes; and the pixels' checksum.
+    """
+    report = {"left_out": {}, "odd": {}, "crc": 0}
+    white = 255
 
     def decode(name):
         try:
@@ -344,22 +414,31 @@ def pack_images(path, openers, args):
         except Exception as error:  # a broken file can raise anything
             if args.data == "synthetic" or isinstance(error, NameError):
                 raise  # a mistake in this script
-            left_out[name] = str(error)
+            report["left_out"][name] = str(error)
             return b""
+        if max(image.size) >= CROPPED * min(image.size) or args.size >= ENLARGED * min(image.size):
+            report["odd"][name] = image.size
+        if image.mode == "F":
+            image = Image.fromarray(np.uint8(np.asarray(image).clip(0, white) * 255 / white))
         return square(image, args.size, args.channels).tobytes()
 
     shape = len(openers), args.size, args.size, args.channels
     with replacing(path) as part:
         with open(part, "wb") as file, ThreadPoolExecutor() as threads:
+            if args.data != "synthetic":
+                peaks = threads.map(brightest, openers.values())
+                peak = max(tqdm(peaks, "opening", len(openers), unit="img"))
+                white = next((value for value in WHITES if value >= peak), WHITES[-1])
             np.lib.format.write_array_header_1_0(
                 file, {"descr": "|u1", "fortran_order": False, "shape": shape}
             )
             end = file.tell() + math.prod(shape)
             for pixels in tqdm(threads.map(decode, openers), "packing", len(openers), unit="img"):
                 file.write(pixels)
+                report["crc"] = zlib.crc32(pixels, report["crc"])
             file.truncate(end)  # images left out leave as many empty rows at the end
-        with replacing(path.with_suffix(".json")) as report:
-            report.write_text(json.dumps(left_out, indent=1))
+        with replacing(path.with_suffix(".json")) as report_part:
+            report_part.write_text(json.dumps(report, indent=1))
 
 
 def source_of(*functions):
@@ -368,13 +447,24 @@ def source_of(*functions):
         return [inspect.getsource(function) for function in functions]
 
 
+def names_of(found):
+    """The names, in order, of what find_images() gives, without what is hidden and what is in run folders."""
+    runs = [name.removesuffix("models.pth") for name in found if name.endswith("models.pth")]
+    runs = tuple(folder for folder in runs if f"{folder}config.json" in found)
+    names = [name for name in found if "/." not in f"/{name}" and "__MACOSX" not in name]
+    return sorted(name for name in names if not name.startswith(runs))
+
+
 def load_pack(args):
-    """The images of --data, uint8 N,size,size,channels, memory-mapped, and their names; decoded once."""
+    """The images of --data, uint8 N,size,size,channels, memory-mapped, and their names; decoded once.
+
+    args.image_set is set to what identifies them: a checksum of names and pixels.
+    """
     found = find_images(args.data, args.root)
-    names = sorted(n for n in found if n[-1] != "/" and "/." not in f"/{n}" and "__MACOSX" not in n)
+    names = names_of(found)
     folders = {folder for name in names for folder in name.split("/")[:-1]}
     if not names or set(args.classes) - folders:
-        fail(f"{args.data} has no images in {args.classes or 'it'}; folders, not links: {sorted(folders)}")
+        fail(f"--data {args.data} has no images in {args.classes or 'it'}; its folders are {sorted(folders)}")
     if args.classes:
         names = [name for name in names if set(name.split("/")[:-1]) & set(args.classes)]
 
@@ -386,13 +476,18 @@ def load_pack(args):
     path = Path(args.root, ".packed", f"{Path(args.data).resolve().stem}-{args.size}-{key:08x}.npy")
     if not path.exists():
         pack_images(path, {name: found[name][1] for name in names}, args)
-    report = path.with_suffix(".json")
-    left_out = json.loads(report.read_text())
+    report_path = path.with_suffix(".json")
+    report = json.loads(report_path.read_text())
+    left_out = report["left_out"]
     if left_out:
-        print(f"left out, see {report}: {dict(Counter(Path(name).suffix.lower() for name in left_out))}")
+        print(f"left out, see {report_path}: {dict(Counter(Path(name).suffix.lower() for name in left_out))}")
         if len(left_out) == len(names):
-            fail(f"--data {args.data}: 0 images in {len(names)} files, as {names[0]}: {left_out[names[0]]}")
+            reason = f"as {names[0]}: {left_out[names[0]]} (--data takes the images themselves, or one .zip)"
+            fail(f"--data {args.data}: 0 images in {len(names)} files, {reason}")
+    if report["odd"]:
+        print(f"mostly cut off, being long, or enlarged, see {report_path}: {len(report['odd'])} images")
     names = [name for name in names if name not in left_out]
+    args.image_set = f"{zlib.crc32(repr(names).encode(), report['crc']):08x}"
     return np.load(path, mmap_mode="c")[: len(names)], names
 
 
@@ -443,6 +538,13 @@ def sample(generator, z):
 
 def generate(args, saved):
     """--generate: images by a checkpoint's averaged generator, and their labels: a .npz, .png or folder."""
+    path = Path(args.save)
+    suffix = "" if args.save.endswith(("/", os.sep)) else path.suffix.lower()
+    is_grid = Image.registered_extensions().get(suffix) in Image.SAVE
+    if suffix not in ("", ".npz") and not is_grid:
+        fail(f"--save {path} is none of: .npz, an image such as .png, a folder (with a dot in it: name/)")
+    if not suffix and path.is_dir() and os.listdir(path):
+        fail(f"--save {path} has other files in it: a new or empty folder is needed")
     generator = make_networks(args)[0].to(pick_device(args)[0]).eval()
     load_states({"Generator": generator}, saved)
     z = draw_z(args, args.generate)
@@ -452,11 +554,10 @@ def generate(args, saved):
     if z.shape[1] > Z_DIM:  # one-hot labels before the noise: the script has classes
         arrays["labels"] = z[:, :-Z_DIM].argmax(1).numpy()
         folders = [args.class_names[label] for label in arrays["labels"]]
-    path = Path(args.save)
-    if path.suffix == ".npz":
-        with replacing(path) as part:
-            np.savez(part, **arrays)
-    elif path.suffix.lower() in Image.registered_extensions():
+    if suffix == ".npz":
+        with replacing(path) as part, open(part, "wb") as file:
+            np.savez(file, **arrays)
+    elif is_grid:
         with replacing(path) as part:
             save_image(images / 255, part, nrow=math.ceil(args.generate**0.5))
     else:  # a folder, with one in it for each class, as --data takes them
@@ -490,9 +591,14 @@ def draw_curves(out, rows):
             figure.savefig(part)
 
 
+def epoch_of(file):
+    """The epoch in the name of a sample grid."""
+    return int(file.stem.removeprefix("epoch_"))
+
+
 def draw_animation(out):
     """Draw evolution.gif, the sample grids in order."""
-    files = sorted(out.glob("samples/epoch_*.png"), key=lambda file: (len(file.name), file.name))
+    files = sorted(out.glob("samples/epoch_*.png"), key=epoch_of)
     if not files:
         return
     shown = files[:: -math.ceil(len(files) / GIF_FRAMES)][::-1]  # the last one always
@@ -550,7 +656,10 @@ def load_states(parts, saved):
         try:
             part.load_state_dict(saved[name])
         except (KeyError, ValueError, RuntimeError) as error:
-            fail(f"the checkpoint's {name} is missing or does not fit this {SCRIPT}.py: {error}")
+            fail(
+                f"the checkpoint's {name} is missing (only a checkpoint.pt can be resumed) "
+                f"or does not fit this {SCRIPT}.py: {error}"
+            )
 
 
 def make_training(args, device, precision, saved):
@@ -725,15 +834,16 @@ def save_models(path, args, nets):
 
 
 def save(args, nets, step, rows):
-    """metrics.csv, models.pth, the curves and checkpoint.pt of a run."""
+    """config.json, metrics.csv, models.pth, checkpoint.pt and the curves of a run."""
     out = Path(args.out)
+    with replacing(out / "config.json") as part:
+        part.write_text(json.dumps(vars(args), indent=2))
     save_metrics(out, rows)
     models = save_models(out / "models.pth", args, nets)
     states = {name: part.state_dict() for name, part in nets.parts.items()}
-    try:
-        draw_curves(out, rows)
-    finally:  # last, so that a kill loses none of the others; whatever the curves raise
-        save_torch(out / "checkpoint.pt", {**models, **states, "step": step, "rows": rows})
+    # after the others, none of which is older then
+    save_torch(out / "checkpoint.pt", {**models, **states, "step": step, "rows": rows})
+    draw_curves(out, rows)
 
 
 def last_step(args, steps_per_epoch):
@@ -766,30 +876,63 @@ def finite(metrics):
     return math.isfinite(sum(value for name, value in metrics.items() if name.startswith("loss")))
 
 
-def check_finite(metrics, args, rows):
+def check_finite(metrics, args, step, rows):
     """End with one line, after the metrics are saved, if a loss is not finite."""
     if not finite(metrics):
         save_metrics(Path(args.out), rows)
         draw_curves(Path(args.out), rows)
-        fail(f"no finite loss at step {rows[-1]['step']}: --resume --precision fp32 or a lower --lr")
+        fail(f"no finite loss at step {step}: a lower --lr or --precision fp32, with --resume or a new --out")
+
+
+def run_files(folder):
+    """The names of what a folder holds of a run."""
+    return [path.name for pattern in RUN_FILES.split() for path in sorted(Path(folder).glob(pattern))]
+
+
+@contextlib.contextmanager
+def held(out, epoch):
+    """Hold the run folder `out` at this epoch: no other process trains in it, and no sample grid is later."""
+    from filelock import FileLock, Timeout  # torch brings it
+
+    path = out / ".lock"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
+        lock.acquire(timeout=0)
+    except Timeout:
+        fail(f"another process trains in {out}")
+    except OSError as error:
+        fail(f"{out} cannot be written: {error} (see --out)")
+    try:
+        for file in out.glob("samples/epoch_*.png"):
+            if epoch_of(file) > epoch:  # by a process that was killed: it is drawn again
+                file.unlink()
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows removes no open file
+            path.unlink()
+        lock.release()
 
 
 def set_up(args, saved):
     """What a run begins with: arrays that batches are rows of, nets, step, metrics so far."""
-    if not saved and Path(args.out, "checkpoint.pt").exists():
-        fail(f"{args.out} holds a run: --resume goes on with it, another --out begins a new one")
+    holds = run_files(args.out)
+    if holds and not (saved and saved["folder"].samefile(args.out)):
+        fail(
+            f"{args.out} holds a run ({', '.join(holds)}): --resume goes on with it, another --out begins one"
+        )
+    if Path(args.out).resolve() == Path(args.data).resolve():
+        fail(f"--out {args.out} is the folder of the images, of which its samples would be some")
     device, precision = pick_device(args)
     pack, names = load_pack(args)
     if len(pack) < args.batch_size:
         fail(f"{len(pack)} images are too few for --batch-size {args.batch_size}")
-    image_set = f"{zlib.crc32(repr(names).encode()):08x}"
-    if saved and saved["config"].get("used", {}).get("set", image_set) != image_set:
+    if saved and saved["config"].get("image_set", args.image_set) != args.image_set:
         fail(f"{args.out} began with other images")
     arrays = [pack, *prepare(args, pack, names)]
     nets = make_training(args, device, precision, saved)
     args.used = {
         "images": len(pack),
-        "set": image_set,
         "device": str(device),
         "precision": precision,
         "torch": str(torch.__version__),
@@ -798,8 +941,6 @@ def set_up(args, saved):
     step = saved["step"] if saved else 0
     print("; ".join(f"{name} {value}" for name, value in args.used.items()), end="")
     print(f"; into {args.out} from step {step}", flush=True)
-    with replacing(Path(args.out, "config.json")) as part:
-        part.write_text(json.dumps(vars(args), indent=2))
     return arrays, nets, step, saved["rows"] if saved else []
 
 
@@ -808,8 +949,8 @@ def train(args, saved):
     ends_at = time.monotonic() + 60 * (args.minutes or math.inf)
     out = Path(args.out)
     arrays, nets, start, rows = set_up(args, saved)
-    saved_at = time.monotonic()
-    began = saved_at - (rows[-1]["seconds"] if rows else 0)
+    saved_at = -math.inf  # soon, so that what can be resumed is there before samples are
+    began = time.monotonic() - (rows[-1]["seconds"] if rows else 0)
     rows = [row for row in rows if row["step"] % LOG_EVERY == 0]  # a stop may have added one in between
     steps_per_epoch = len(arrays[0]) // args.batch_size
     sample_every = steps_per_epoch * math.ceil(SAMPLE_EVERY / steps_per_epoch)
@@ -818,7 +959,12 @@ def train(args, saved):
     step = start
     steps = training_steps(nets, args, arrays, start, last)
     bar = tqdm(steps, SCRIPT, last, initial=start)
-    with logger(args, start) as log, signals_noted() as caught, bar:
+    with (
+        held(out, math.ceil(start / steps_per_epoch)),
+        logger(args, start) as log,
+        signals_noted() as caught,
+        bar,
+    ):
         try:
             for step, metrics in bar:
                 epoch = math.ceil(step / steps_per_epoch)
@@ -839,15 +985,15 @@ def train(args, saved):
                             **metrics,
                         }
                     )
-                    check_finite(metrics, args, rows)
+                    check_finite(metrics, args, step, rows)
                     bar.set_postfix({"epoch": epoch, **metrics})
                     log(metrics, step)
                 if draw_now or save_now or keep_now:
+                    check_finite(metrics, args, step, rows)
                     update_ema_batch_norm(nets, args)
                 if draw_now:
-                    grid = sample(nets.ema, fixed_z) / 255
                     with replacing(out / f"samples/epoch_{epoch:04d}.png") as part:
-                        save_image(grid, part, nrow=GRID)
+                        save_image(sample(nets.ema, fixed_z) / 255, part, nrow=GRID)
                 if keep_now:
                     save_models(out / f"models_{epoch:04d}.pth", args, nets)
                 if save_now:
@@ -885,7 +1031,7 @@ def add_flags(parser):
     add = parser.add_argument
     add("--blocks", type=int, default=1, help="residual blocks of the generator (%(default)s)")
     add("--width", type=count, default=16, help="channels of the layer next to the image (%(default)s)")
-    add("--labels", help="with --generate: the classes wanted, by number or name, as 3,7 (all)")
+    add("--labels", type=nfc, help="classes to make: names or numbers, as 3,7 (all)")
     add(
         "--data", default="mnist", help="mnist, fashion, synthetic, a folder or .zip of folders (%(default)s)"
     )
@@ -909,7 +1055,8 @@ def load_checkpoint(path):
         if saved["config"]["script"] != SCRIPT:
             raise ValueError(f"it is of {saved['config']['script']}.py")
     except Exception as error:  # a missing, cut or foreign file fails in many ways
-        fail(f"{path} is no checkpoint of {SCRIPT}.py: {error}")
+        fail(f"{path} is no checkpoint of {SCRIPT}.py: {error}; its folder has {run_files(path.parent)}")
+    saved["folder"] = path.parent
     return saved
 
 
@@ -946,7 +1093,7 @@ def parse(argv):
     add = parser.add_argument
     add_flags(parser)
     add("--root", default="data", help="folder of named sets and of decoded images (%(default)s)")
-    add("--classes", nargs="+", default=[], help="only these subfolders of --data (all)")
+    add("--classes", type=nfc, nargs="+", default=[], help="only these subfolders of --data (all)")
     add("--epochs", type=count, help="end of the run (20, and at least 5000 steps)")
     add("--steps", type=count, help="the same in steps; whichever comes first")
     add("--minutes", type=amount, default=0, help="the same in minutes, for notebooks; 0: none (%(default)s)")
@@ -979,7 +1126,7 @@ def parse(argv):
     defaults = {"script": SCRIPT, "wandb_id": None, **flag_defaults(given)}
     saved = None
     path = Path(given.checkpoint or f"{given.out}/checkpoint.pt")
-    if given.generate or (given.resume and (given.checkpoint or path.exists())):
+    if given.generate or given.resume:
         saved = load_checkpoint(path)
         defaults.update(saved["config"], out=str(path.parent))
         if given.epochs or given.steps:
@@ -999,6 +1146,8 @@ def main(argv=None):
     """Run the command line `argv`; in a notebook, where sys.argv is the kernel's, the defaults."""
     if argv is None:
         argv = [] if "kernel_launcher" in sys.argv[0] else sys.argv[1:]
+    with contextlib.suppress(AttributeError):  # a notebook's output has no encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         args, saved = parse(argv)
         if args.generate:

@@ -9,6 +9,8 @@ import json
 import os
 import shutil
 import struct
+import warnings
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -82,7 +84,6 @@ def palette(transparent=None):
 # What a pixel is worth
 
 CMYK = (0, 255, 255, 0), (255, 255, 0, 0)  # red and blue
-ANIMATED = {"save_all": True, "append_images": [halves(RED, RED)]}
 IMAGES = {  # image, file name, options of saving it, colours of its halves, tolerance
     "jpeg": (halves(TAN, BLUE), "a.jpg", {"quality": 95}, (TAN, BLUE), 6),
     "upper case name": (halves(TAN, BLUE), "A.JPEG", {"quality": 95}, (TAN, BLUE), 6),
@@ -106,7 +107,7 @@ IMAGES = {  # image, file name, options of saving it, colours of its halves, tol
     "colour key": (halves(TAN, BLUE), "a.png", {"transparency": BLUE}, (TAN, WHITE), 0),
     "cmyk jpeg": (halves(*CMYK, "CMYK"), "a.jpg", {"quality": 95}, (RED, BLUE), 6),
     "cmyk tiff": (halves(*CMYK, "CMYK"), "a.tif", {}, (RED, BLUE), 0),
-    "animation": (halves(TAN, BLUE), "a.gif", ANIMATED, (TAN, BLUE), 0),
+    "gif": (halves(TAN, BLUE), "a.gif", {}, (TAN, BLUE), 0),
     "one pixel": (Image.new("RGB", (1, 1), TAN), "a.png", {}, (TAN, TAN), 0),
     "one pixel high": (Image.new("RGB", (500, 1), TAN), "a.png", {}, (TAN, TAN), 0),
 }
@@ -223,7 +224,7 @@ def test_what_cannot_be_read_is_left_out_counted_and_named(kind, mixed, tmp_path
         assert names == ["deep/down/good.jpg", "good.png"] and len(pack) == 2
         out = capsys.readouterr().out
         (report,) = (tmp_path / "root" / ".packed").glob("*.json")
-        lines = json.loads(report.read_text())
+        lines = json.loads(report.read_text())["left_out"]
         assert set(lines) == LEFT_OUT - ({"\udcff.jpg"} if kind == "zip" else set()) and all(lines.values())
         assert "exceeds limit" in lines["deep/enormous.png"]
         assert str(report) in out and len(out.splitlines()) == 1
@@ -253,7 +254,9 @@ def test_each_folder_is_taken_once_whatever_links_lead_back_up(tmp_path, capsys)
         (folder / link).symlink_to(target)
     assert load(folder, tmp_path / "root")[1] == ["a/1.png", "a/2.png", "b/3.png", "b/4.png"]
     (report,) = (tmp_path / "root" / ".packed").glob("*.json")
-    assert set(json.loads(report.read_text())) == {"a/up", "a/self", "again", "b/gone", "b/gone.png"}
+    left_out = json.loads(report.read_text())["left_out"]
+    assert set(left_out) == {"a/up", "a/self", "again", "b/gone", "b/gone.png"}
+    assert set(left_out.values()) == {"a link to a folder, or to nothing"}
     said = capsys.readouterr().out
     assert "'': 4" in said and "'.png': 1" in said
     os.utime(elsewhere / "4.png", (1, 1))  # what a link leads to has changed
@@ -262,19 +265,27 @@ def test_each_folder_is_taken_once_whatever_links_lead_back_up(tmp_path, capsys)
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
-def test_a_tiff_of_several_pages_is_left_out_and_others_are_not(kind, tmp_path, capsys):
-    """Its first page alone would be a silent loss; of an animation the first frame is taken."""
+def test_an_image_of_several_pages_or_frames_is_left_out_and_others_are_not(kind, tmp_path, capsys):
+    """Its first one alone would be a silent loss; a photograph before its own preview is whole."""
     folder = tmp_path / "set"
     page = Image.new("RGB", (40, 40), RED)
     folder.mkdir()
-    for name, pages in ("one.tif", 1), ("two.tif", 2), ("five.tiff", 5), ("film.gif", 3), ("film.webp", 2):
+    kept = ["one.gif", "one.png", "one.tif", "one.webp", "photo.jpg"]
+    left_out = {"two.tif": 2, "five.tiff": 5, "film.gif": 3, "film.webp": 2, "film.png": 4}
+    if features.check("avif"):
+        left_out["film.avif"] = 2
+    for name, pages in {**dict.fromkeys(kept[:-1], 1), **left_out}.items():
         others = [Image.new("RGB", (40, 40), (9 * i, 99, 0)) for i in range(1, pages)]
-        page.save(folder / name, save_all=True, append_images=others)
+        page.save(folder / name, save_all=pages > 1, append_images=others)
+    page.save(folder / "photo.jpg", "MPO", save_all=True, append_images=[page.resize((8, 8))])
+    assert Image.open(folder / "photo.jpg").n_frames == 2
     _, names = load(zipped(folder) if kind == "zip" else folder, tmp_path / "root")
-    assert names == ["film.gif", "film.webp", "one.tif"]
+    assert names == kept
     (report,) = (tmp_path / "root" / ".packed").glob("*.json")
-    assert json.loads(report.read_text()) == {"two.tif": "it has 2 pages", "five.tiff": "it has 5 pages"}
-    assert "'.tif': 1" in capsys.readouterr().out
+    reasons = json.loads(report.read_text())["left_out"]
+    assert reasons == {name: f"it has {pages} pages or frames" for name, pages in left_out.items()}
+    said = capsys.readouterr().out
+    assert "'.tif': 1" in said and "'.gif': 1" in said
 
 
 def test_a_zip_packed_otherwise_is_left_out_with_the_reason(tmp_path):
@@ -288,10 +299,224 @@ def test_a_zip_packed_otherwise_is_left_out_with_the_reason(tmp_path):
     path.write_bytes(data)
     assert load(path, tmp_path / "root")[1] == ["c.png"]
     (report,) = (tmp_path / "root" / ".packed").glob("*.json")
-    assert set(json.loads(report.read_text())) == {"a.png", "b.png"}
+    assert set(json.loads(report.read_text())["left_out"]) == {"a.png", "b.png"}
+
+
+@pytest.mark.parametrize("kind", ["uint16", "int32", "float32"])
+@pytest.mark.parametrize(
+    "highest, white", [(200, 255), (1000, 1023), (4000, 4095), (4200, 16383), (60_000, 65535)]
+)
+def test_one_white_for_all_images_of_a_set(highest, white, kind, tmp_path):
+    """Darker images of more than 8 bits stay darker; those of 8 bits stay as they are."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    values = highest * np.array([1, 0.5, 0.25])
+    for i, value in enumerate(values):
+        suffix = "png" if kind == "uint16" else "tif"
+        Image.fromarray(np.full((40, 40), value, kind)).save(folder / f"{i}.{suffix}")
+    Image.new("L", (40, 40), 200).save(folder / "8 bits.png")
+    (folder / "broken.png").write_bytes(b"no")
+    dark = Image.fromarray(np.full((40, 40), 65535, np.int32))
+    dark.putpixel((0, 0), -1)
+    dark.save(folder / "below 0.tif")
+    pack, names = load(folder, tmp_path / "root", "--channels", "1")
+    assert [name.split(".")[0] for name in names] == ["0", "1", "2", "8 bits"]
+    expected = [*(values * 255 / white), 200]
+    assert np.abs(pack[:, 9, 9, 0] - expected).max() <= 1
+    (report,) = (tmp_path / "root" / ".packed").glob("*.json")
+    assert json.loads(report.read_text())["left_out"]["below 0.tif"] == "it has values below 0"
+
+
+@pytest.mark.parametrize("value, expected", [(np.nan, 0), (np.inf, 255), (1.0, 255), (0.5, 127)])
+def test_numbers_that_are_none(value, expected, tmp_path):
+    image = Image.fromarray(np.full((40, 40), value, np.float32))
+    assert (pack_one(image, tmp_path / "set" / "a.tif") == expected).all()
+
+
+ODD = {
+    (60, 30): 1,
+    (30, 61): 1,
+    (3000, 60): 1,
+    (1, 1): 1,
+    (8, 8): 1,
+    (8, 900): 1,
+    (9, 9): 0,
+    (59, 30): 0,
+    (178, 218): 0,
+}
+
+
+def test_long_and_small_images_are_counted_in_one_line(tmp_path, capsys):
+    for size in ODD:
+        solid(tmp_path / "set" / f"{size}.png", size=size)
+    for _ in range(2):
+        load(tmp_path / "set", tmp_path / "root")
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line.endswith(f": {sum(ODD.values())} images")
+    (report,) = (tmp_path / "root" / ".packed").glob("*.json")
+    assert str(report) in line
+    odd = json.loads(report.read_text())["odd"]
+    assert odd == {f"{size}.png": list(size) for size, is_odd in ODD.items() if is_odd}
+
+
+def test_a_very_large_image_is_read(tmp_path, recwarn):
+    """Of 195 million pixels; there is no word of bombs."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "map.png").write_bytes(png_of(13_968))
+    pack, _ = load(tmp_path / "set", tmp_path / "root")
+    assert len(pack) == 1 and not [str(warning.message) for warning in recwarn]
+
+
+def archive_of(path, *names):
+    """A .zip with an image of another colour under each name, which may be bytes, or stand there twice."""
+    solid(path.with_suffix(".png"))
+    with zipfile.ZipFile(path, "w") as archive:
+        for i, name in enumerate(names):
+            solid(path.with_suffix(".png"), (9 * i, 99, 0))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                archive.write(path.with_suffix(".png"), name)
+    path.with_suffix(".png").unlink()
+    return path
+
+
+def test_an_entry_of_a_name_used_before_is_left_out(tmp_path, capsys):
+    """In a .zip, and where names are the same but for the way in which their letters are written."""
+    path = archive_of(tmp_path / "x.zip", "a/1.png", "a/2.png", "a/1.png", "a\\2.png", "a/3.png")
+    pack, names = load(path, tmp_path / "root")
+    assert names == ["a/1.png", "a/2.png", "a/3.png"] and pack[:, 9, 9, 0].tolist() == [0, 9, 36]
+    (report,) = (tmp_path / "root" / ".packed").glob("*.json")
+    left_out = json.loads(report.read_text())["left_out"]
+    assert len(left_out) == 2 and set(left_out.values()) == {"a file before it has the same name"}
+    assert capsys.readouterr().out.count("2}") == 1
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+@pytest.mark.parametrize(
+    "name, wanted",
+    [
+        ("cats\\1.png", "cats"),  # made on Windows; or such a one unpacked by Python elsewhere
+        ("set\\cats\\1.png", "cats"),
+        ("Bu\u0308cher/1.png", "B\u00fccher"),  # made on macOS
+        ("B\u00fccher/1.png", "Bu\u0308cher"),
+        ("猫/1.png", "猫"),
+        ("a, b/1.png", "a, b"),
+        (" a /1.png", " a "),
+        ("[a]/1.png", "[a]"),
+    ],
+)
+def test_classes_are_found_however_their_names_are_written(name, wanted, kind, tmp_path):
+    path = archive_of(tmp_path / "x.zip", name, "other/2.png")
+    if kind == "folder":
+        shutil.unpack_archive(path, tmp_path / "x")
+        path = tmp_path / "x"
+        if "\\" in name:
+            shutil.rmtree(path)
+            solid(path / name)
+    _, names = load(path, tmp_path / "root [v2]", "--classes", wanted)
+    assert [Path(found).name for found in names] == ["1.png"]
+
+
+def test_what_a_set_has_instead_of_a_class_is_said(tmp_path, fails):
+    path = archive_of(tmp_path / "x.zip", "caf\x82/1.png", "dog/2.png")
+    line = fails(dcgan, "--data", path, "--root", tmp_path, "--classes", "café")
+    assert "café" in line and "dog" in line and "caf" in line
+
+
+@pytest.mark.parametrize("what", ["zips", "links", "a zip in a zip"])
+def test_what_is_no_set_of_images_is_said(what, tmp_path, fails):
+    folder = tmp_path / "set"
+    inner = archive_of(tmp_path / "a.zip", "1.png")
+    folder.mkdir()
+    if what == "links":
+        tree(tmp_path / "cats", "1.png")
+        (folder / "cats").symlink_to(tmp_path / "cats")
+    else:
+        shutil.copy(inner, folder)
+    path = zipped(folder) if what == "a zip in a zip" else folder
+    line = fails(dcgan, "--data", path, "--root", tmp_path / "root")
+    assert "0 images in 1 files" in line and "the images themselves, or one .zip" in line
+    assert ("a link to a folder" in line) == (what == "links")
+
+
+@pytest.mark.parametrize("name", ["synthetic", "mnist", "fashion", "celeba"])
+def test_a_folder_with_the_name_of_a_set(name, tmp_path, monkeypatch, fails):
+    """Which of them is meant has to be said."""
+    monkeypatch.chdir(tmp_path)
+    tree(tmp_path / name, "a.png b.png")
+    line = fails(dcgan, "--data", name, "--root", "data", "--out", "run")
+    assert f"./{name} is the folder" in line and not (tmp_path / "run").exists()
+    assert load(f"./{name}", "data")[1] == load(f"{tmp_path}/{name}", "data")[1] == ["a.png", "b.png"]
+
+
+def test_a_named_set_in_root_is_no_folder_of_its_name(tmp_path, monkeypatch):
+    """As where --root is the current folder, or `data` has such a folder."""
+    monkeypatch.chdir(tmp_path)
+    celeba(tmp_path / "celeba" / "img_align_celeba")
+    assert len(load("celeba", ".")[0]) == 3
+    celeba(tmp_path / "data" / "celeba" / "img_align_celeba")
+    (tmp_path / "celeba").rename(tmp_path / "faces")
+    assert len(load("celeba", "data")[0]) == 3
+
+
+def test_what_a_run_has_written_among_the_images_is_none_of_them(tmp_path, monkeypatch):
+    """--data . trains on the same images again, also in another run, and the first one can be resumed."""
+    monkeypatch.chdir(tmp_path)
+    tree(tmp_path, " ".join(f"{i}.png" for i in range(10)))
+    argv = "--data . --size 32 --width 2 --batch-size 8 --device cpu --precision fp32 --steps 2".split()
+    dcgan.main(argv)
+    dcgan.main([*argv, "--out", "runs/deeper/second"])
+    dcgan.main(["--resume", "--steps", "3"])
+    (tmp_path / "runs" / "dcgan" / "checkpoint.pt").unlink()
+    assert len(load(".", "data")[0]) == 10
+    for run in "runs/dcgan", "runs/deeper/second":
+        assert json.loads(Path(run, "config.json").read_text())["used"]["images"] == 10
 
 
 # Folder, zip, subfolders, packs used again
+
+
+def same_but_for_pixels(path, colour):
+    """An image of the same size in bytes and the same time, whatever its colour."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (20, 20), colour).save(path, "BMP")
+    os.utime(path, (1e9, 1e9))
+
+
+@pytest.mark.parametrize("how", ["another folder", "another link", "in place", "moved there"])
+def test_a_pack_is_of_the_images_that_are_there(how, tmp_path):
+    """Of equal names, sizes and times, as archives and containers give them."""
+    for kind, colour in ("horse", RED), ("apple", GREEN):
+        same_but_for_pixels(tmp_path / kind / "trainA" / "1.bmp", colour)
+    link = tmp_path / "current"
+    link.symlink_to(tmp_path / "horse")
+    first, then = tmp_path / "horse" / "trainA", tmp_path / "horse" / "trainA"
+    if how == "another folder":
+        then = tmp_path / "apple" / "trainA"
+    elif how == "another link":
+        first = then = link / "trainA"
+    red = load(first, tmp_path / "root")[0].copy()
+    if how == "in place":
+        same_but_for_pixels(then / "1.bmp", GREEN)
+    elif how == "moved there":
+        (tmp_path / "horse").rename(tmp_path / "old")
+        (tmp_path / "apple").rename(tmp_path / "horse")
+    elif how == "another link":
+        link.unlink()
+        link.symlink_to(tmp_path / "apple")
+    green = load(then, tmp_path / "root")[0]
+    assert (red == RED).all() and (green == GREEN).all()
+
+
+def test_a_named_set_is_packed_anew_where_its_files_are_others(tmp_path):
+    """As KMNIST's in the place of MNIST's."""
+    packs = []
+    for seed in 1, 2, 1:
+        raw_set(
+            tmp_path / "MNIST" / "raw", np.random.default_rng(seed).integers(0, 256, (20, 28, 28), np.uint8)
+        )
+        packs.append(load("mnist", tmp_path, script=cgan_residual)[0].copy())
+    assert (packs[0] == packs[2]).all() and (packs[0] != packs[1]).any()
 
 
 def test_two_processes_may_pack_the_same_images_at_once(tmp_path, monkeypatch):
@@ -505,17 +730,21 @@ def test_celeba_is_downloaded_when_it_is_nowhere(tmp_path, monkeypatch):
     assert len(load("celeba", tmp_path / "root")[0]) == 3
 
 
-@pytest.mark.parametrize("data, folder", [("mnist", "MNIST"), ("fashion", "FashionMNIST")])
-def test_mnist_and_fashion_are_read_where_torchvision_keeps_them(data, folder, tmp_path):
-    """Files in the format of these sets, and no network: the digits, or clothes, with their labels."""
-    raw = tmp_path / folder / "raw"
-    raw.mkdir(parents=True)
-    images = np.random.default_rng(0).integers(0, 256, (20, 28, 28), np.uint8)
-    image_bytes = struct.pack(">4I", 2051, 20, 28, 28) + images.tobytes()
-    label_bytes = struct.pack(">2I", 2049, 20) + bytes(i % 10 for i in range(20))
+def raw_set(raw, images):
+    """Files as MNIST's, with labels 0 to 9 in turn."""
+    raw.mkdir(parents=True, exist_ok=True)
+    image_bytes = struct.pack(">4I", 2051, *images.shape) + images.tobytes()
+    label_bytes = struct.pack(">2I", 2049, len(images)) + bytes(i % 10 for i in range(len(images)))
     for name in "train", "t10k":
         (raw / f"{name}-images-idx3-ubyte").write_bytes(image_bytes)
         (raw / f"{name}-labels-idx1-ubyte").write_bytes(label_bytes)
+
+
+@pytest.mark.parametrize("data, folder", [("mnist", "MNIST"), ("fashion", "FashionMNIST")])
+def test_mnist_and_fashion_are_read_where_torchvision_keeps_them(data, folder, tmp_path):
+    """Files in the format of these sets, and no network: the digits, or clothes, with their labels."""
+    images = np.random.default_rng(0).integers(0, 256, (20, 28, 28), np.uint8)
+    raw_set(tmp_path / folder / "raw", images)
     args = cgan_residual.parse(["--data", data, "--root", str(tmp_path)])[0]
     pack, names = cgan_residual.load_pack(args)
     labels = cgan_residual.labels_of(args, names).argmax(1)
@@ -525,7 +754,21 @@ def test_mnist_and_fashion_are_read_where_torchvision_keeps_them(data, folder, t
     for pixels, name, label in zip(pack, names, labels):
         i = int(Path(name).stem)
         assert np.array_equal(pixels[..., 0], images[i])
-        assert args.class_names[label] == (digits if data == "mnist" else clothes)[i % 10]
+        assert args.class_names == (digits if data == "mnist" else clothes) and label == i % 10
+
+
+@pytest.mark.parametrize("names", [None, sorted(range(10), reverse=True)])
+def test_an_old_checkpoint_keeps_the_order_of_its_classes(names, tmp_path):
+    """Whose clothes were numbered by the alphabet."""
+    raw_set(tmp_path / "FashionMNIST" / "raw", np.zeros((20, 28, 28), np.uint8))
+    args = cgan_residual.parse(["--data", "fashion", "--root", str(tmp_path)])[0]
+    own = cgan_residual.classes_of_set("fashion")
+    args.class_names = sorted(own) if names is None else [own[i] for i in names]
+    kept = list(args.class_names)
+    _, found = cgan_residual.load_pack(args)
+    labels = cgan_residual.labels_of(args, found).argmax(1)
+    assert args.class_names == kept
+    assert [kept[label] for label in labels] == [name.split("/")[0] for name in found]
 
 
 def test_drawn_images_are_different_and_follow_from_their_number(script, tmp_path):

@@ -145,6 +145,93 @@ LABELS = [
     ("D", 2, [3, 3]),
     ("0,1,2,3", 2, [0, 2]),
 ]
+NAMES = [  # the model's classes, --labels, the classes made or None
+    (["1", "2", "3"], "1", [0]),
+    (["1", "2", "3"], "3,1", [2, 0]),
+    (["1", "2", "3"], "0", None),
+    (["0", "2", "1"], "1,2", [2, 1]),
+    (["7", "cat"], "1", None),
+    (["7", "cat"], "cat,7", [1, 0]),
+    (["red, blue", "cat"], "red, blue", [0]),
+    (["red, blue", "cat"], '"red, blue",cat', [0, 1]),
+    (["red, blue", "cat"], "cat", [1]),
+    (["red, blue", "cat"], "0,1", [0, 1]),
+    (["a", "b", "a,b"], "a,b", [2]),
+    (["a", "b", "a,b"], "b,a", [1, 0]),
+    ([" cat", "dog "], " cat,dog ", [0, 1]),
+    ([" cat", "dog "], "dog,cat", [1, 0]),
+    (["A", "a"], "a,A", [1, 0]),
+    (["Cat", "Dog"], "dog", [1]),
+    (["Bu\u0308cher", "x"], "B\u00fccher", [0]),
+    (["B\u00fccher", "x"], "bu\u0308cher", [0]),
+    (["猫", "犬"], "犬,猫", [1, 0]),
+    (["T-shirt or top", "Bag"], "t-shirt or top,1", [0, 1]),
+]
+
+
+@pytest.mark.parametrize("names, labels, expected", NAMES)
+def test_what_can_be_asked_for_is_what_is_named(names, labels, expected, capsys):
+    """Exactly, or but for case, spaces and the way letters are written; by number where no name is one."""
+    args = fashion_keras_port.parse(["--labels", labels])[0]
+    args.class_names = names
+    if expected is None:
+        with pytest.raises(SystemExit, match=", ".join(names)):
+            fashion_keras_port.chosen_labels(args, len(names))
+    else:
+        found = fashion_keras_port.chosen_labels(args, len(expected))
+        assert found.argmax(1).tolist() == expected and found.shape[1] == len(names)
+
+
+FORMATS = [
+    ("g.NPZ", "npz"),
+    ("g.npz", "npz"),
+    ("g.PNG", "png"),
+    ("g.jpeg", "jpeg"),
+    ("g.webp", "webp"),
+    ("v1.5/", "folder"),
+    ("x.npy/", "folder"),
+    ("g", "folder"),
+    ("g.npy", None),
+    ("g.zip", None),
+    ("g.pt", None),
+    ("g.pth", None),
+    ("g.psd", None),
+    ("g.mp4", None),
+    ("g.npz.gz", None),
+    ("v1.5", None),
+]
+
+
+@pytest.mark.parametrize("name, kind", FORMATS)
+def test_the_name_says_the_format_or_is_refused(name, kind, trained, script, tmp_path, fails):
+    argv = using(trained / "models.pth", f"{tmp_path}/{name}", 3)
+    path = tmp_path / name
+    if kind is None:
+        line = fails(script, *argv)
+        assert str(path) in line and ".npz" in line and not list(tmp_path.iterdir())
+        return
+    script.main(argv)
+    if kind == "npz":
+        with np.load(path) as arrays:
+            assert len(arrays["images"]) == 3
+    elif kind == "folder":
+        assert len(list(path.rglob("*.png"))) == 3
+    else:
+        assert Image.open(path).format.lower() == kind
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("inside", ["000000.png", "a/000000.png", "notes.txt", ".hidden"])
+def test_a_folder_with_something_in_it_is_not_added_to(inside, trained, script, tmp_path, fails):
+    (tmp_path / "g" / inside).parent.mkdir(parents=True)
+    (tmp_path / "g" / inside).write_text("of another model")
+    line = fails(script, *using(trained / "models.pth", tmp_path / "g", 3))
+    assert str(tmp_path / "g") in line and len([p for p in (tmp_path / "g").rglob("*") if p.is_file()]) == 1
+
+
+def test_an_empty_folder_is_filled(trained, script, tmp_path):
+    script.main(using(trained / "models.pth", tmp_path, 2))
+    assert len(list(tmp_path.rglob("*.png"))) == 2
 
 
 @pytest.mark.parametrize("labels, count, expected", LABELS)

@@ -1,5 +1,6 @@
 """The run folder: what is in it, and that nothing is lost when a run is stopped, killed or resumed."""
 
+import contextlib
 import csv
 import importlib.machinery
 import importlib.util
@@ -383,16 +384,195 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(name, root, tmp_path):
     assert json.loads((tmp_path / "then" / "config.json").read_text())["lr_decay_from"] == 4
 
 
-def test_resuming_where_there_is_nothing_yet_starts(root, tmp_path):
-    for steps in 1, 2:
-        dcgan.main(flags(dcgan, root, tmp_path / "run", "--steps", steps, "--resume"))
-        assert load(tmp_path / "run" / "checkpoint.pt")["step"] == steps
-
-
 def test_a_second_run_does_not_take_the_place_of_the_first(script, trained, root, fails):
     before = (trained / "checkpoint.pt").read_bytes()
     line = fails(script, *flags(script, root, trained, "--steps", 9))
     assert "--resume" in line and "--out" in line and (trained / "checkpoint.pt").read_bytes() == before
+
+
+RUN_FILES = [
+    "config.json",
+    "metrics.csv",
+    "losses.png",
+    "scores.png",
+    "samples/epoch_0001.png",
+    "evolution.gif",
+    "checkpoint.pt",
+    "models.pth",
+    "models_0010.pth",
+]
+
+
+def contents(folder):
+    """{path: content} of all files below a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", RUN_FILES)
+def test_a_folder_with_any_file_of_a_run_is_refused(name, trained, script, root, tmp_path, fails):
+    """Whatever else was deleted or renamed: to a new run, and to one that goes on from another folder."""
+    out = tmp_path / "run"
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_bytes(b"of another run")
+    before = contents(out)
+    fork_of_a_run = ["--resume", "--checkpoint", trained / "checkpoint.pt", "--out", out, "--steps", 9]
+    for argv in flags(script, root, out, "--steps", 9), fork_of_a_run:
+        line = fails(script, *argv)
+        assert str(out) in line and name.split("/")[0] in line and "--out" in line
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "data/cat.png", "runs/checkpoint.pt", "old.pth", "samples.zip"]
+)
+def test_a_folder_with_other_files_is_free(name, root, tmp_path, monkeypatch):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"of the user")
+    stand_in(monkeypatch, dcgan)
+    dcgan.main(flags(dcgan, root, tmp_path, "--steps", 2))
+    assert (tmp_path / name).read_bytes() == b"of the user"
+
+
+@pytest.mark.parametrize("state", ["no folder", "empty", "renamed", "moved", "deleted", "a file"])
+def test_resuming_without_a_checkpoint_says_what_the_folder_has(state, trained, script, tmp_path, fails):
+    out = tmp_path / "run"
+    names = ["config.json", "metrics.csv", "samples", "models.pth"]
+    if state == "empty":
+        out.mkdir()
+    elif state == "a file":
+        out.write_text("a file")
+    elif state != "no folder":
+        shutil.copytree(trained, out)
+        places = {"renamed": out / "checkpoint.bak", "moved": out / "kept" / "checkpoint.pt"}
+        if state in places:
+            places[state].parent.mkdir(exist_ok=True)
+            (out / "checkpoint.pt").rename(places[state])
+        else:
+            (out / "checkpoint.pt").unlink()
+    before = contents(tmp_path)
+    line = fails(script, "--resume", "--out", out, "--steps", 9)
+    assert str(out / "checkpoint.pt") in line
+    assert all((name in line) == (state in ("renamed", "moved", "deleted")) for name in names)
+    assert contents(tmp_path) == before and out.exists() == (state != "no folder")
+
+
+def test_a_checkpoint_of_another_name_in_the_folder_goes_on_there(trained, script, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    (out / "checkpoint.pt").rename(out / "before.pt")
+    script.main(["--resume", "--checkpoint", str(out / "before.pt"), "--steps", "4"])
+    assert load(out / "checkpoint.pt")["step"] == 4 and load(out / "before.pt")["step"] == 3
+    resume(script, out, 5)
+    assert load(out / "checkpoint.pt")["step"] == 5
+
+
+@pytest.mark.parametrize("name", ["models.pth", "models_0001.pth"])
+def test_what_has_only_models_cannot_be_resumed(name, trained, script, tmp_path, fails):
+    shutil.copy(trained / "models.pth", tmp_path / name)
+    line = fails(script, "--resume", "--checkpoint", tmp_path / name, "--out", tmp_path / "run")
+    assert "only a checkpoint.pt can be resumed" in line and not (tmp_path / "run").exists()
+
+
+def test_what_can_be_resumed_is_there_before_samples_are(root, tmp_path, monkeypatch):
+    """From the tenth step on, so that a process killed later than that has lost no folder."""
+    found = {}
+
+    def look(step):
+        found[step] = {path.name for path in tmp_path.glob("*")}
+
+    stand_in(monkeypatch, dcgan, act=look)
+    monkeypatch.setattr(dcgan, "SAMPLE_EVERY", 15)
+    dcgan.main(flags(dcgan, root, tmp_path, "--steps", 17))
+    before = [found[step] for step in range(1, 11)]
+    assert before == [{".lock"}] * 10
+    assert {"checkpoint.pt", "models.pth", "config.json", "metrics.csv"} < found[11] == found[15]
+    assert "samples" not in found[15] and "samples" in found[16]
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_mistake_in_the_first_step_leaves_the_folder_free(root, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stand_in(patch, dcgan, act=raising(NameError("a mistake")))
+        with pytest.raises(NameError):
+            dcgan.main(flags(dcgan, root, tmp_path, "--steps", 2))
+    assert contents(tmp_path) == {}
+    dcgan.main(flags(dcgan, root, tmp_path, "--steps", 2))
+
+
+@pytest.mark.parametrize("first", ["new", "resumed"])
+def test_two_processes_in_one_folder(first, root, tmp_path, fails):
+    """The second one is refused, before and after the first one has saved; a kill leaves the folder free."""
+    out, printed = tmp_path / "run", tmp_path / "printed.txt"
+    arguments = flags(dcgan, root, out, "--steps", 100_000)
+    if first == "resumed":
+        dcgan.main(flags(dcgan, root, out, "--steps", 3))
+        arguments.append("--resume")
+    life = fork(dcgan, arguments, printed)
+    while life.is_alive() and not (out / ".lock").exists():
+        time.sleep(0.01)
+    if first == "resumed":
+        assert "another process" in fails(dcgan, "--resume", "--out", out)
+    else:
+        line = fails(dcgan, *flags(dcgan, root, out, "--steps", 3))
+        assert "another process" in line or "holds a run" in line
+        wait_for_save(life.is_alive, out / "checkpoint.pt")
+        assert "holds a run" in fails(dcgan, *flags(dcgan, root, out, "--steps", 3))
+        assert "another process" in fails(dcgan, "--resume", "--out", out)
+    assert life.is_alive()
+    life.kill()
+    life.join()
+    if not (out / "checkpoint.pt").exists():
+        return
+    step = load(out / "checkpoint.pt")["step"]
+    resume(dcgan, out, step + 2)
+    assert load(out / "checkpoint.pt")["step"] == step + 2
+
+
+@pytest.mark.parametrize("kind_of_end", ["end", "error", "signal"])
+def test_the_folder_is_free_again_in_the_same_process(kind_of_end, root, tmp_path, monkeypatch):
+    """As in a notebook."""
+
+    def act(step):
+        if step == 12 and kind_of_end == "error":
+            raise ValueError("a mistake")
+        if step == 12 and kind_of_end == "signal":
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        stand_in(patch, dcgan, act=act)
+        with contextlib.suppress(ValueError, SystemExit):
+            dcgan.main(flags(dcgan, root, tmp_path, "--steps", 13))
+    resume(dcgan, tmp_path, 14)
+    assert load(tmp_path / "checkpoint.pt")["step"] == 14
+
+
+def test_samples_of_a_life_that_was_killed_are_removed(trained, script, tmp_path):
+    """They are later than what the run goes on from; the animation has none of them."""
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    for epoch in 2, 9, 12345:
+        shutil.copy(out / "samples" / "epoch_0001.png", out / "samples" / f"epoch_{epoch:04d}.png")
+    resume(script, out, 4)  # five an epoch
+    assert [path.name for path in (out / "samples").iterdir()] == ["epoch_0001.png"]
+    assert getattr(Image.open(out / "evolution.gif"), "n_frames", 1) == 1
+
+
+@pytest.mark.parametrize("data", ["{}", "{}/.", "{}/../set"])
+def test_a_run_into_the_folder_of_the_images_is_refused(data, root, fails):
+    argv = flags(dcgan, root, root / "set", "--data", data.format(root / "set"))
+    before = contents(root / "set")
+    assert "folder of the images" in fails(dcgan, *argv) and contents(root / "set") == before
+
+
+@pytest.mark.parametrize("more", [[], ["--keep-every", "1"]])
+def test_nothing_is_drawn_or_kept_once_a_loss_is_not_finite(more, root, tmp_path, monkeypatch, fails):
+    """Also between two rows of the metrics."""
+    stand_in(monkeypatch, dcgan, lambda step: math.nan if step >= 13 else 1.0)
+    monkeypatch.setattr(dcgan, "SAMPLE_EVERY", 5)
+    line = fails(dcgan, *flags(dcgan, root, tmp_path, "--steps", 40, *more))
+    assert "no finite loss at step 15" in line
+    assert len(list((tmp_path / "samples").iterdir())) == 2
+    assert len(list(tmp_path.glob("models_*"))) == 2 * bool(more)
 
 
 @pytest.mark.parametrize(
@@ -454,7 +634,7 @@ def test_a_flag_that_cannot_be_changed_is_named_with_its_value_and_no_other(
     assert (trained / "checkpoint.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("change", ["classes", "new", "renamed"])
+@pytest.mark.parametrize("change", ["classes", "new", "renamed", "replaced"])
 def test_going_on_with_other_images_is_refused(script, change, trained, root, fails):
     before = (trained / "checkpoint.pt").read_bytes()
     first, new = root / "set" / "a" / "0.png", root / "set" / "a" / "new.png"
@@ -462,14 +642,60 @@ def test_going_on_with_other_images_is_refused(script, change, trained, root, fa
         Image.new("L", (30, 30), 99).save(new)
     elif change == "renamed":
         first.rename(new)
+    elif change == "replaced":
+        content, stat = first.read_bytes(), first.stat()
+        first.write_bytes((root / "set" / "a" / "4.png").read_bytes())
+        os.utime(first, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     try:
         more = ["--classes", "a", "b"] if change == "classes" else []
         assert "other images" in fails(script, "--resume", "--out", trained, "--steps", 9, *more)
     finally:
         if change == "renamed":
             new.rename(first)
+        elif change == "replaced":
+            first.write_bytes(content)
         new.unlink(missing_ok=True)
     assert (trained / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_output_that_has_no_such_letters_ends_no_run(encoding, root, tmp_path, monkeypatch):
+    """As a log file on Windows."""
+    for name in "猫", "犬":
+        shutil.copytree(root / "set" / "a", tmp_path / "set" / name)
+    script = SCRIPTS[2]
+    argv = flags(script, root, tmp_path / "猫", "--data", tmp_path / "set", "--steps", 1)
+    file = (tmp_path / "printed.txt").open("w", encoding=encoding)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", file)
+        script.main(argv)
+    file.close()
+    assert "classes: {'\\u72ac': 10, '\\u732b': 10}" in (tmp_path / "printed.txt").read_text(encoding)
+    assert load(tmp_path / "猫" / "checkpoint.pt")["config"]["class_names"] == ["犬", "猫"]
+
+
+@pytest.mark.parametrize("place", ["moved", "zipped", "touched"])
+def test_the_same_images_elsewhere_go_on(place, script, root, trained, tmp_path):
+    """It is what they show that counts, not where and when they were written."""
+    out, data = tmp_path / "run", tmp_path / "moved"
+    shutil.copytree(trained, out)
+    shutil.copytree(root / "set", data)
+    if place == "touched":
+        for file in data.rglob("*.png"):
+            os.utime(file, (1, 1))
+    if place == "zipped":
+        data = shutil.make_archive(str(data), "zip", data)
+    resume(script, out, 4, "--data", str(data), "--root", str(tmp_path / "root"))
+    assert load(out / "checkpoint.pt")["step"] == 4
+
+
+def test_a_checkpoint_from_before_images_were_identified_goes_on(trained, script, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    saved = load(trained / "checkpoint.pt")
+    del saved["config"]["image_set"]
+    torch.save(saved, tmp_path / "run" / "checkpoint.pt")
+    resume(script, tmp_path / "run", 4)
+    assert "image_set" in load(tmp_path / "run" / "checkpoint.pt")["config"]
 
 
 def test_a_resumed_run_keeps_what_it_was_told(root, tmp_path):
@@ -608,10 +834,11 @@ def test_twelve_kills_change_nothing(name, steps, root, tmp_path):
     rng = random.Random(0)
     more = [*argv.split(), "--steps", steps]
     out, printed = tmp_path / "killed", tmp_path / "printed.txt"
-    arguments = flags(script, root, out, *more, "--save-every", 0, "--resume")
+    arguments = flags(script, root, out, *more, "--save-every", 0)
     lives = []
     for kill in range(12):
-        life = fork(script, arguments, printed)
+        again = ["--resume"] if (out / "checkpoint.pt").exists() else []
+        life = fork(script, [*arguments, *again], printed)
         if kill % 2:
             wait_for_save(life.is_alive, out / "checkpoint.pt")
         time.sleep(rng.uniform(0, 0.3 if kill % 2 else 0.4))
@@ -619,7 +846,7 @@ def test_twelve_kills_change_nothing(name, steps, root, tmp_path):
         life.join()
         lives.append(load(out / "checkpoint.pt")["step"] if (out / "checkpoint.pt").exists() else -1)
     assert lives == sorted(lives) and len(set(lives)) > 3, lives
-    life = fork(script, arguments, printed)
+    life = fork(script, [*arguments, "--resume"], printed)
     life.join()
     assert life.exitcode == 0, printed.read_text()[-500:]
     script.main(flags(script, root, tmp_path / "whole", *more))
@@ -804,11 +1031,12 @@ def test_a_full_disk_ends_in_one_line_and_what_was_saved_stays(what, limit, word
     else:
         dcgan.main([*argv, "10"])
     before = {path: path.read_bytes() for path in out.glob("checkpoint.pt")}
-    life = fork(dcgan, [*argv, "20", "--resume"], printed, limit)
+    again = ["--resume"] if before else []
+    life = fork(dcgan, [*argv, "20", *again], printed, limit)
     life.join()
     line = error_line(printed.read_text())
     assert life.exitcode == 2 and words in line and what.removeprefix("packing") in line
     assert not list(tmp_path.rglob(".part-*")) and not list(root.rglob(".part-*"))
     assert {path: path.read_bytes() for path in before} == before
-    dcgan.main([*argv, "20", "--resume"])
+    dcgan.main([*argv, "20", *again])
     assert load(out / "checkpoint.pt")["step"] == 20

@@ -112,6 +112,61 @@ def drawn(name, count, size):
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
+# Images that are others by now
+
+
+@pytest.fixture
+def on_a_folder(tmp_path):
+    """A folder of images and a run on it, {"data": path, "run": path}."""
+    places = {name: tmp_path / name for name in ("data", "run", "root")}
+    places["data"].mkdir()
+    for i, image in enumerate(drawn("dcgan", 16, 32)):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(places["data"] / f"{i}.bmp")
+    flags = [
+        flag for name, path in places.items() for flag in (f"--{'out' if name == 'run' else name}", path)
+    ]
+    importlib.import_module("dcgan").main([*TINY, "--size", "32", *map(str, flags)])
+    return places
+
+
+@pytest.mark.parametrize("change", ["none", "replaced", "gone", "new", "other data"])
+def test_a_folder_that_has_changed_since_earns_a_warning(change, on_a_folder, tmp_path, capsys):
+    """From evaluate.py, and from explore.py's run and table."""
+    data, run = on_a_folder["data"], str(on_a_folder["run"])
+    more = []
+    if change == "replaced":
+        stat = (data / "1.bmp").stat()
+        shutil.copyfile(data / "2.bmp", data / "1.bmp")
+        os.utime(data / "1.bmp", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    elif change == "gone":
+        (data / "1.bmp").unlink()
+    elif change == "new":
+        shutil.copy(data / "1.bmp", data / "99.bmp")
+    elif change == "other data":
+        more = ["--data", str(shutil.copytree(data, tmp_path / "other"))]
+        (tmp_path / "other" / "1.bmp").unlink()
+    calls = [lambda: evaluate.main([run, "--count", "5", *more])]
+    if change != "other data":
+        calls.append(lambda: explore.main(["run", run]))
+        calls.append(lambda: explore.main(["table", run, "--save", str(tmp_path / "table.png")]))
+    for call in calls:
+        capsys.readouterr()
+        call()
+        expected = change in ("replaced", "gone", "new")
+        assert (f"warning: {run} was trained on other images" in capsys.readouterr().out) == expected
+
+
+def test_output_that_has_no_such_letters_ends_no_tool(on_a_folder, tmp_path):
+    """As a log file on Windows, where a run is of a class called 猫."""
+    run = on_a_folder["run"].rename(tmp_path / "猫")
+    for tool, *argv in ("evaluate.py", run, "--count", "5"), ("explore.py", "run", run):
+        command = [sys.executable, TOP / "tools" / tool, *argv]
+        environment = {**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
+        done = subprocess.run(command, capture_output=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert b"\\u732b" in done.stdout
+
+
 # evaluate.py
 
 
@@ -197,6 +252,26 @@ def test_copies_are_found_and_mirrored_ones_where_the_run_mirrored(flip):
     assert evaluate.copies(real[:1].expand(40, 3, 16, 16), real, flip)["coverage"][0] == 1 / 40
 
 
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("again", ["twice", "three times", "saved again", "mirrored"])
+def test_copies_are_found_where_each_real_image_is_there_again(again, flip):
+    real = torch.rand(60, 3, 16, 16, dtype=torch.float64)
+    others = {
+        "twice": [real],
+        "three times": [real, real],
+        "saved again": [(real + 0.003 * torch.randn_like(real))],
+        "mirrored": [real.flip(3)],
+    }
+    everything = torch.cat([real, *others[again]])
+    everything = everything[torch.randperm(len(everything))]
+    for fake, share in (real[:40] + 1e-3, 1), (torch.rand_like(real[:40]), 0):
+        assert evaluate.copies(fake, everything, flip)["copies"] == [share, 0]
+
+
+def test_images_that_are_all_the_same_are_at_no_distance():
+    assert evaluate.variety(torch.full((20, 3, 32, 32), 9, dtype=torch.uint8))["nearest_distance"] == 0
+
+
 def test_frechet_distance_of_known_gaussians():
     unit = torch.cat([torch.eye(3), -torch.eye(3)]).double() * (5 / 2) ** 0.5  # mean 0, covariance 1
     one, two = torch.tensor([1.0, 2.0, 3.0]).double(), torch.tensor([4.0, 0.0, 3.5]).double()
@@ -272,6 +347,17 @@ def test_a_conditional_model_is_given_the_classes_of_the_test_images(monkeypatch
     found, asked, seen = read_echo(monkeypatch, tmp_path, test=shades([0] * 10 + [2] * 30))
     assert asked.tolist() == [50, 0, 150] and len(seen) == 120
     assert found["conditional_accuracy"] == [1, 1] and found["share of white"] == [0.75, 0.75]
+
+
+def test_classes_of_too_few_images_earn_a_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(classifier, "LEAST_IMAGES", 31)
+    args = types.SimpleNamespace(seed=0, class_names=CLASSES, labels=None)
+    known = shades([0] * 60 + [1] * 30 + [2] * 31)
+    assert classifier.class_figures(None, args, None, None, known, None, CLASSES, 9) == {}
+    said = capsys.readouterr().out
+    assert f"fewer than 31 images of {CLASSES[1]}" in said and CLASSES[2] not in said
+    assert classifier.class_figures(None, args, None, None, known, None, [""], 9) == {}
+    assert capsys.readouterr().out == ""
 
 
 def test_without_unseen_images_a_tenth_is_held_out(monkeypatch, tmp_path):

@@ -155,7 +155,11 @@ def class_figures(script, args, generator, pack, known, test, classes, count):
     A conditional generator gets the classes of the test images, in their proportions.
     """
     images_per_class = known[1].bincount(minlength=len(classes))
-    if len(classes) < 2 or images_per_class.min() < LEAST_IMAGES:
+    few = [name for name, images in zip(classes, images_per_class) if images < LEAST_IMAGES]
+    if len(classes) < 2:
+        return {}
+    if few:
+        print(f"no figures by class: fewer than {LEAST_IMAGES} images of {', '.join(few)}")
         return {}
     suffix = ".classifier-all.pth"
     if test is None:

@@ -26,7 +26,12 @@ def fail(message):
 
 @contextlib.contextmanager
 def mendable_errors():
-    """Have what the user can mend end in one line; a mistake in code, of a changed script too, is raised."""
+    """Have what the user can mend end in one line; a mistake in code, of a changed script too, is raised.
+
+    What is printed may be in characters that the output cannot have, such as those of a class.
+    """
+    with contextlib.suppress(AttributeError):  # a notebook's output has no encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
@@ -159,6 +164,15 @@ def load(run, files=(), **changes):
             print(f"{path}: opened by {script.__file__}, as it does not fit that of --script")
         return script, args, saved, generator.to(script.pick_device(args)[0])
     fail(f"{path} does not fit its script (if a changed copy made it, name that with --script): {unfit[0]}")
+
+
+def load_images(script, args):
+    """The script's (pack, names) of --data; a line says so where the run was trained on other images."""
+    trained_on = getattr(args, "image_set", "")
+    pack, names = script.load_pack(args)
+    if trained_on not in ("", args.image_set):
+        print(f"warning: {args.out} was trained on other images than --data {args.data} has now")
+    return pack, names
 
 
 def to_grid(images, columns):

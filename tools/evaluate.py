@@ -13,7 +13,8 @@ on the count. "Small" is 16x16 pixels by averaging, 14x14 where images are 28x28
 - nearest_distance: RMS distance from a small image to the nearest other one of 500, in the median.
 - pair_distance: mean RMS distance between pairs of 500 images.
 - copies: share whose nearest of 20,000 real images, small, is nearer than half of what a real one has in
-  the median; coverage: how many are nearest to one, over the count. With flips, mirrored ones are the same.
+  the median to another one, not to the same saved twice; coverage: how many are nearest to one, over the
+  count. With flips, mirrored ones are the same.
 - d_seen: mean D(x) of images trained on, in brackets of others: the test images of mnist and fashion, or
   those of --against. A discriminator that gives them different values has memorised.
 Where images lie in folders by class, a small classifier, trained once on nine tenths of them (on all, where
@@ -37,7 +38,7 @@ import torchvision
 from torch import nn
 
 from classifier import class_figures, classes_of, frechet, to_float, vanished
-from common import add_script_flag, count, fail, load, mendable_errors, seed
+from common import add_script_flag, count, fail, load, load_images, mendable_errors, seed
 
 SOME = 500  # images for vendi and the distances
 MOST_REAL = 20_000  # images among which the nearest is looked for
@@ -45,6 +46,7 @@ PATCH = 7  # side of the patches of swd
 PATCHES = 128  # of an image, at random
 DIRECTIONS = 128  # that patches are projected on, at random
 REPEATS = 4  # with other directions
+SAME = 0.01  # RMS distance of values in [0, 1] below which two small images are the same, saved again
 VENDI_WIDTH = 0.1  # of the Gaussian kernel between images, as an RMS distance of values in [0, 1]
 
 
@@ -64,18 +66,16 @@ def vendi(rows):
     return torch.exp(-(shares * shares.log()).sum()).item()
 
 
-def nearest(rows, views, others=False):
-    """(RMS distances, numbers) of the images nearest to `rows` in any of `views`, all of N,K.
+def nearest(rows, views, least=0.0):
+    """(RMS distances, numbers) of the images nearest to `rows`, in any of `views`, all of N,K.
 
-    others: the rows are the first ones of the views, and each looks among all but itself.
+    Those nearer than `least` do not count.
     """
     distances = []
     numbers = []
-    for start in range(0, len(rows), 128):
-        part = rows[start : start + 128]
+    for part in rows.split(128):
         table = torch.stack([torch.cdist(part, view) for view in views]).amin(0)  # 128,N
-        if others:
-            table[range(len(part)), range(start, start + len(part))] = torch.inf
+        table[table < least * rows.shape[1] ** 0.5] = torch.inf
         part_distances, part_numbers = table.min(1)
         distances.append(part_distances)
         numbers.append(part_numbers)
@@ -86,7 +86,7 @@ def variety(images):
     """{figure: value} of 500 images by themselves, uint8 N,C,H,W."""
     rows = small(images[:SOME]).flatten(1)
     full_rows = images[:SOME].flatten(1).float() / 255
-    distances, _ = nearest(rows, [rows], others=True)
+    distances = torch.cdist(rows, rows).fill_diagonal_(torch.inf).amin(1) / rows.shape[1] ** 0.5
     return {
         "vendi": vendi(rows),
         "nearest_distance": distances.median().item(),
@@ -100,7 +100,7 @@ def copies(fake, real, flip):
     if flip:
         views.append(real.flip(3).flatten(1))
     of_fake, fake_numbers = nearest(fake.flatten(1), views)
-    of_real, real_numbers = nearest(views[0][: len(fake)], views, others=True)
+    of_real, real_numbers = nearest(views[0][: len(fake)], views, least=SAME)
     near = of_real.median() / 2
     return {
         "copies": [(distances < near).double().mean().item() for distances in (of_fake, of_real)],
@@ -230,7 +230,7 @@ def unseen_images(script, args, against):
         pack, names = script.load_pack(args)
     elif args.data in kinds:
         dataset = script.download(functools.partial(kinds[args.data], train=False), args.root)
-        folders = [name.split(" - ")[0].replace("/", " or ") for name in dataset.classes]  # as the scripts do
+        folders = script.classes_of_set(args.data)
         kept = [(image, folders[label]) for image, label in dataset]
         if args.classes:
             kept = [pair for pair in kept if pair[1] in args.classes]
@@ -279,13 +279,14 @@ def figures(run, options):
     changes = {
         "data": options.data,
         "classes": [] if options.data else None,
+        "image_set": "" if options.data else None,
         "root": options.root,
         "seed": options.seed,
         "device": options.device,
     }
     script, args, saved, generator = load(run, options.script, **changes)
     device = next(generator.parameters()).device
-    pack, names = script.load_pack(args)
+    pack, names = load_images(script, args)
     size = min(options.count, len(pack) // 2)
     if size < 2:
         fail(f"{len(pack)} images of --data {args.data} are too few for two sets")

@@ -27,6 +27,7 @@ from common import (
     count,
     fail,
     load,
+    load_images,
     mendable_errors,
     scripts_named,
     seed,
@@ -63,7 +64,7 @@ def epoch_of(file):
 
 def real_images(script, args):
     """As many images of --data as a sample grid has, uint8 N,C,H,W."""
-    pack, _ = script.load_pack(args)
+    pack, _ = load_images(script, args)
     rows = np.linspace(0, len(pack) - 1, script.GRID**2).astype(int)
     return torch.from_numpy(pack[rows]).permute(0, 3, 1, 2)
 
