@@ -355,8 +355,8 @@ def find_images(data, root):
     found = {}
     for name, stamp, opener in list_files(path):
         name = nfc(name.replace("\\", "/"))  # as in zip files of Windows
-        if name in found:
-            name = f"{name} ({len(found)})"
+        while name in found:
+            name += " again"
             opener = "a file before it has the same name"
         if not name.endswith("/"):
             found[name] = stamp, opener
@@ -485,7 +485,7 @@ def load_pack(args):
             reason = f"as {names[0]}: {left_out[names[0]]} (--data takes the images themselves, or one .zip)"
             fail(f"--data {args.data}: 0 images in {len(names)} files, {reason}")
     if report["odd"]:
-        print(f"mostly cut off, being long, or enlarged, see {report_path}: {len(report['odd'])} images")
+        print(f"{len(report['odd'])} images are long and mostly cropped, or small: see {report_path}")
     names = [name for name in names if name not in left_out]
     args.image_set = f"{zlib.crc32(repr(names).encode(), report['crc']):08x}"
     return np.load(path, mmap_mode="c")[: len(names)], names
@@ -826,24 +826,27 @@ def save_torch(path, content):
             raise OSError(f"is there room? {error}") from error
 
 
-def save_models(path, args, nets):
+def models_of(args, nets):
     """The two networks, the generator averaged, as --generate and the tools take them."""
-    models = {"Generator": nets.ema.state_dict(), "Discriminator": nets.D.state_dict(), "config": vars(args)}
-    save_torch(path, models)
-    return models
+    return {"Generator": nets.ema.state_dict(), "Discriminator": nets.D.state_dict(), "config": vars(args)}
 
 
 def save(args, nets, step, rows):
-    """config.json, metrics.csv, models.pth, checkpoint.pt and the curves of a run."""
+    """config.json, metrics.csv, models.pth, the curves and checkpoint.pt of a run."""
     out = Path(args.out)
+    models = models_of(args, nets)
+    states = {name: part.state_dict() for name, part in nets.parts.items()}
+    checkpoint = {**models, **states, "step": step, "rows": rows}
+    if not (out / "checkpoint.pt").exists():  # so that whatever ends the first save, the run can be resumed
+        save_torch(out / "checkpoint.pt", checkpoint)
     with replacing(out / "config.json") as part:
         part.write_text(json.dumps(vars(args), indent=2))
     save_metrics(out, rows)
-    models = save_models(out / "models.pth", args, nets)
-    states = {name: part.state_dict() for name, part in nets.parts.items()}
-    # after the others, none of which is older then
-    save_torch(out / "checkpoint.pt", {**models, **states, "step": step, "rows": rows})
-    draw_curves(out, rows)
+    save_torch(out / "models.pth", models)
+    try:
+        draw_curves(out, rows)
+    finally:  # last, so that a kill leaves none of the others older; whatever the curves raise
+        save_torch(out / "checkpoint.pt", checkpoint)
 
 
 def last_step(args, steps_per_epoch):
@@ -919,7 +922,7 @@ def set_up(args, saved):
     holds = run_files(args.out)
     if holds and not (saved and saved["folder"].samefile(args.out)):
         fail(
-            f"{args.out} holds a run ({', '.join(holds)}): --resume goes on with it, another --out begins one"
+            f"{args.out} holds a run ({', '.join(holds)}): take another --out, or --resume its checkpoint.pt"
         )
     if Path(args.out).resolve() == Path(args.data).resolve():
         fail(f"--out {args.out} is the folder of the images, of which its samples would be some")
@@ -995,7 +998,7 @@ def train(args, saved):
                     with replacing(out / f"samples/epoch_{epoch:04d}.png") as part:
                         save_image(sample(nets.ema, fixed_z) / 255, part, nrow=GRID)
                 if keep_now:
-                    save_models(out / f"models_{epoch:04d}.pth", args, nets)
+                    save_torch(out / f"models_{epoch:04d}.pth", models_of(args, nets))
                 if save_now:
                     save(args, nets, step, rows)
                     saved_at = now
@@ -1055,7 +1058,10 @@ def load_checkpoint(path):
         if saved["config"]["script"] != SCRIPT:
             raise ValueError(f"it is of {saved['config']['script']}.py")
     except Exception as error:  # a missing, cut or foreign file fails in many ways
-        fail(f"{path} is no checkpoint of {SCRIPT}.py: {error}; its folder has {run_files(path.parent)}")
+        fail(
+            f"{path} is no checkpoint of {SCRIPT}.py: {error}; "
+            f"of a run its folder has {run_files(path.parent) or 'nothing'}"
+        )
     saved["folder"] = path.parent
     return saved
 

@@ -352,7 +352,7 @@ def test_long_and_small_images_are_counted_in_one_line(tmp_path, capsys):
     for _ in range(2):
         load(tmp_path / "set", tmp_path / "root")
         (line,) = capsys.readouterr().out.splitlines()
-        assert line.endswith(f": {sum(ODD.values())} images")
+        assert line.startswith(f"{sum(ODD.values())} images")
     (report,) = (tmp_path / "root" / ".packed").glob("*.json")
     assert str(report) in line
     odd = json.loads(report.read_text())["odd"]
@@ -388,7 +388,7 @@ def test_an_entry_of_a_name_used_before_is_left_out(tmp_path, capsys):
     (report,) = (tmp_path / "root" / ".packed").glob("*.json")
     left_out = json.loads(report.read_text())["left_out"]
     assert len(left_out) == 2 and set(left_out.values()) == {"a file before it has the same name"}
-    assert capsys.readouterr().out.count("2}") == 1
+    assert "{'.png again': 2}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
