@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torchvision
+from conftest import TINY
 from PIL import Image, features
 
 import cgan_residual
@@ -444,7 +445,7 @@ def test_a_folder_with_the_name_of_a_set(name, tmp_path, monkeypatch, fails):
     """Which of them is meant has to be said."""
     monkeypatch.chdir(tmp_path)
     tree(tmp_path / name, "a.png b.png")
-    line = fails(dcgan, "--data", name, "--root", "data", "--out", "run")
+    line = fails(dcgan, *TINY[dcgan], "--steps", "1", "--data", name, "--root", "data", "--out", "run")
     assert f"./{name} is the folder" in line and not (tmp_path / "run").exists()
     assert load(f"./{name}", "data")[1] == load(f"{tmp_path}/{name}", "data")[1] == ["a.png", "b.png"]
 

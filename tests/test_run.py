@@ -508,16 +508,17 @@ def test_two_processes_in_one_folder(first, root, tmp_path, fails):
         dcgan.main(flags(dcgan, root, out, "--steps", 3))
         arguments.append("--resume")
     life = fork(dcgan, arguments, printed)
-    while life.is_alive() and not (out / ".lock").exists():
+    began = time.monotonic()
+    while life.is_alive() and not (out / ".lock").exists() and time.monotonic() < began + 60:
         time.sleep(0.01)
     if first == "resumed":
-        assert "another process" in fails(dcgan, "--resume", "--out", out)
+        assert "another process" in fails(dcgan, "--resume", "--out", out, "--steps", 4)
     else:
         line = fails(dcgan, *flags(dcgan, root, out, "--steps", 3))
         assert "another process" in line or "holds a run" in line
         wait_for_save(life.is_alive, out / "checkpoint.pt")
         assert "holds a run" in fails(dcgan, *flags(dcgan, root, out, "--steps", 3))
-        assert "another process" in fails(dcgan, "--resume", "--out", out)
+        assert "another process" in fails(dcgan, "--resume", "--out", out, "--steps", 4)
     assert life.is_alive()
     life.kill()
     life.join()
