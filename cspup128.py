@@ -10,6 +10,7 @@ discriminator is DCGAN's without batch norm; loss and gradient penalties are R3G
 
 # %% Imports
 import argparse
+import atexit
 import contextlib
 import copy
 import functools
@@ -94,6 +95,9 @@ SAMPLE_EVERY = 100  # steps from sample grid to sample grid, rounded up to whole
 SMOOTH = 10  # rows of metrics.csv that each point of a curve is the mean of
 GIF_FRAMES = 100  # most frames of evolution.gif
 COLUMNS = "step", "epoch", "seconds", "images", "loss_d", "loss_g", "d_real", "d_fake"  # of earlier versions
+RANK = int(os.environ.get("RANK", 0))  # number of this process, and how many there are, by torchrun
+RANKS = int(os.environ.get("WORLD_SIZE", 1))
+PART = slice(RANK, None, RANKS)  # this process's part of a batch, and of what is drawn by chance for one
 EMA_IMAGES = 256  # that the averaged generator's batch norm statistics are taken over, in 4 batches
 RUN_FILES = "config.json metrics.csv losses.png scores.png samples evolution.gif checkpoint.pt models*.pth"
 NAMED_SETS = {"mnist": "MNIST", "fashion": "FashionMNIST"}  # of torchvision
@@ -279,7 +283,7 @@ def train_step(nets, args, real, z):
     for turn in range(args.d_every):
         with nets.autocast():
             if turn > 0:
-                fake = nets.G(torch.randn_like(z))
+                fake = nets.G(torch.randn(len(z) * RANKS, Z_DIM, device=z.device)[PART])
             fake_logit = nets.D(fake).float()
         loss_g = generator_loss(args.loss, real_logit.detach(), fake_logit)
         optimise(nets, loss_g, nets.opt_g)
@@ -534,7 +538,7 @@ def load_pack(args):
 
 
 def batches(arrays, args, device, step):
-    """Yield batches after `step` on the device, rows of each array, in an order that follows from --seed."""
+    """Yield this process's part of batches after `step`: rows of each array, in an order by --seed."""
     arrays = [torch.from_numpy(array) for array in arrays]
     steps_per_epoch = len(arrays[0]) // args.batch_size
     if device.type == "cuda" and arrays[0].nbytes < torch.cuda.mem_get_info()[0] / 2:
@@ -544,7 +548,7 @@ def batches(arrays, args, device, step):
         order = np.random.default_rng([args.seed, epoch]).permutation(len(arrays[0]))
         rows = torch.from_numpy(order).to(arrays[0].device).split(args.batch_size)
         for numbers in rows[done:steps_per_epoch]:
-            yield [array[numbers].to(device) for array in arrays]
+            yield [array[numbers[PART]].to(device) for array in arrays]
             step += 1
 
 
@@ -660,6 +664,8 @@ def pick_device(args):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = torch.device(name)
+    if name == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     try:
         torch.ones(8, device=device).mul(2).tolist()  # a GPU that this torch has no kernels for fails here
     except Exception as error:
@@ -744,11 +750,34 @@ def optimise(nets, loss, optimiser):
     optimiser.zero_grad(set_to_none=True)
     nets.scaler.scale(loss).backward()
     group = optimiser.param_groups[0]
+    if RANKS > 1:
+        average_gradients(group["params"])
     lr = group["lr"]
     group["lr"] = lr * nets.lr_factor
     nets.scaler.step(optimiser)
     group["lr"] = lr  # as it was: a scheduler of your own may set it
     nets.scaler.update()
+
+
+def average_gradients(parameters):
+    """Give each process the mean of all processes' gradients."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            torch.distributed.all_reduce(parameter.grad)
+            parameter.grad /= RANKS
+
+
+def agree(metrics, stop, step, last):
+    """(mean metrics, whether to stop) of all processes, which look at each other every LOG_EVERY steps."""
+    if RANKS == 1:
+        return metrics, stop
+    if step % LOG_EVERY and step < last:
+        return metrics, False
+    values = torch.tensor([float(stop), *map(float, metrics.values())], dtype=torch.float64)
+    torch.distributed.all_reduce(values)
+    stops, *means = (values / RANKS).tolist()
+    metrics = dict(zip(metrics, means))
+    return metrics, stops > 0 or not finite(metrics)
 
 
 def update_ema(nets, args, step):
@@ -770,7 +799,7 @@ def iterate(nets, args, step, z, real, *labels):
     """A training step with all around it that is captured; `step` is a tensor. Returns metrics."""
     real = real.permute(0, 3, 1, 2).float() / 127.5 - 1  # N,C,H,W, channels_last
     if args.flip:
-        mirrored = torch.rand_like(real[:, :1, :1, :1]) < 0.5
+        mirrored = torch.rand(args.batch_size, 1, 1, 1, device=real.device)[PART] < 0.5
         real = torch.where(mirrored, real.flip(3), real)
     nets.step = step
     nets.lr_factor = lr_factor(args, step)
@@ -794,8 +823,11 @@ class Captured:
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
             self.inputs = [tensor.clone() for tensor in inputs]
-            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
-                self.result = self.work(*self.inputs)
+            try:
+                with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+                    self.result = self.work(*self.inputs)
+            except RuntimeError as error:  # that the capture cannot end, after what went wrong in it
+                raise (error.__context__ or error) from None
         for static, tensor in zip(self.inputs, inputs):
             static.copy_(tensor)
         self.graph.replay()
@@ -901,14 +933,14 @@ def training_steps(nets, args, arrays, step, last):
     """Train from `step` to step `last`; yield (step, metrics) after each."""
     source = batches(arrays, args, nets.device, step)
     run_step = functools.partial(iterate, nets, args)
-    if nets.device.type == "cuda" and not nets.scaler.is_enabled():
+    if nets.device.type == "cuda":
         run_step = Captured(run_step)
     rng = torch.default_generator if nets.device.type == "cpu" else torch  # which seeds the GPUs too
     while step < last:
         step += 1
         # random numbers follow from --seed and the step, so that a resumed run has the same
         rng.manual_seed((args.seed * 1_000_003 + step) % 2**63)
-        z = torch.randn(args.batch_size, Z_DIM, device=nets.device)
+        z = torch.randn(args.batch_size, Z_DIM, device=nets.device)[PART]
         batch = next(source)
         nets.whole = False  # an error in a step leaves the networks half updated
         metrics = run_step(torch.full((), step, device=nets.device), z, *batch)
@@ -969,9 +1001,18 @@ def set_up(args, saved):
     if Path(args.out).resolve() == Path(args.data).resolve():
         fail(f"--out {args.out} is the folder of the images, of which its samples would be some")
     device, precision = pick_device(args)
+    if RANKS > 1:
+        torch.distributed.init_process_group()
+        atexit.register(torch.distributed.destroy_process_group)
+    if RANK > 0:
+        torch.distributed.barrier()  # until the first process has packed the images
     pack, names = load_pack(args)
+    if RANKS > 1 and RANK == 0:
+        torch.distributed.barrier()
     if len(pack) < args.batch_size:
         fail(f"{len(pack)} images are too few for --batch-size {args.batch_size}")
+    if args.batch_size % RANKS:
+        fail(f"--batch-size {args.batch_size}, that of all {RANKS} processes, is not a multiple of them")
     if saved and saved["config"].get("image_set", args.image_set) != args.image_set:
         fail(f"{args.out} began with other images")
     arrays = [pack, *prepare(args, pack, names)]
@@ -1002,8 +1043,7 @@ def train(args, saved):
     last = last_step(args, steps_per_epoch)
     fixed_z = draw_z(args, GRID**2)
     step = start
-    steps = training_steps(nets, args, arrays, start, last)
-    bar = tqdm(steps, SCRIPT, last, initial=start)
+    bar = tqdm(training_steps(nets, args, arrays, start, last), SCRIPT, last, initial=start)
     with (
         held(out, math.ceil(start / steps_per_epoch)),
         logger(args, start) as log,
@@ -1014,7 +1054,8 @@ def train(args, saved):
             for step, metrics in bar:
                 epoch = math.ceil(step / steps_per_epoch)
                 now = time.monotonic()
-                stop = step == last or caught or now > ends_at
+                stop = step == last or bool(caught) or now > ends_at
+                metrics, stop = agree(metrics, stop, step, last)
                 log_now = stop or step % LOG_EVERY == 0
                 draw_now = stop or step % sample_every == 0
                 save_now = stop or (log_now and now - saved_at > 60 * args.save_every)
@@ -1054,6 +1095,17 @@ def train(args, saved):
                     save(args, nets, step, rows)
             raise
     finish(args, start, step, last, caught)
+
+
+def train_along(args, saved):
+    """What the processes after the first do: the same steps, and nothing else."""
+    arrays, nets, start, _ = set_up(args, saved)
+    last = last_step(args, len(arrays[0]) // args.batch_size)
+    with signals_noted() as caught:
+        for step, metrics in training_steps(nets, args, arrays, start, last):
+            metrics, stop = agree(metrics, bool(caught), step, last)
+            if stop:
+                break
 
 
 def finish(args, start, step, last, caught):
@@ -1198,6 +1250,8 @@ def parse(argv):
     if given.generate or given.resume:
         saved = load_checkpoint(path)
         defaults.update(saved["config"], out=str(path.parent))
+        if defaults["device"] == "cuda" and not torch.cuda.is_available():
+            defaults["device"] = "auto"  # begun on another machine
         if given.epochs or given.steps:
             defaults.update(epochs=None, steps=None, minutes=0)  # in place of the earlier end
     parser.set_defaults(**defaults)
@@ -1217,12 +1271,12 @@ def main(argv=None):
         argv = [] if "kernel_launcher" in sys.argv[0] else sys.argv[1:]
     with contextlib.suppress(AttributeError):  # a notebook's output has no encoding
         sys.stdout.reconfigure(errors="backslashreplace")
+    if RANK > 0:
+        sys.stdout = None  # the first process speaks for all
     try:
         args, saved = parse(argv)
-        if args.generate:
-            generate(args, saved)
-        else:
-            train(args, saved)
+        work = generate if args.generate else train if RANK == 0 else train_along
+        work(args, saved)
     except torch.cuda.OutOfMemoryError as error:
         line = f"error: {error} (see --batch-size, --width, --device cpu)".replace("\n", " ")
     except KeyboardInterrupt:

@@ -865,6 +865,21 @@ def test_a_run_goes_on_in_another_precision(first, then, root, tmp_path):
     assert saved["step"] == 4 and bool(saved["scaler"]) == (then == "fp16")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_run_begun_on_a_gpu_goes_on_and_generates_without_one(trained, script, tmp_path, fails):
+    """Its flag is of another machine's; one that is given is not."""
+    shutil.copytree(trained, tmp_path / "run")
+    for name in "checkpoint.pt", "models.pth":
+        saved = load(trained / name)
+        saved["config"]["device"] = "cuda"
+        torch.save(saved, tmp_path / "run" / name)
+    assert "--device cuda" in fails(script, "--resume", "--out", tmp_path / "run", "--device", "cuda")
+    resume(script, tmp_path / "run", 4)
+    assert load(tmp_path / "run" / "checkpoint.pt")["step"] == 4
+    places = "--checkpoint", tmp_path / "run" / "models.pth", "--save", tmp_path / "g.npz"
+    script.main(list(map(str, ["--generate", 2, *places])))
+
+
 @pytest.mark.parametrize("what, step", [("draw_curves", 10), ("batches", 12)])
 def test_an_error_in_curves_or_in_reading_loses_no_step(what, step, root, tmp_path, monkeypatch):
     batches = dcgan.batches
