@@ -271,15 +271,49 @@ def test_lower_precision_follows_fp32(kind, precision, root, tmp_path):
     assert rows[0] == pytest.approx(rows[1], rel=0.1, abs=0.05) and (rows[0] != rows[1]).any()
 
 
-def test_fp16_takes_second_derivatives_in_fp32():
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradient_penalties_are_taken_in_the_precision_of_the_run(dtype):
     args, nets = prepared(cspup128, dtype=torch.float32)
-    nets.autocast = lambda: torch.autocast("cpu", torch.float16)
+    nets.autocast = lambda: torch.autocast("cpu", dtype)
     seen = []
     nets.D[2].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    for enabled in True, False:
-        nets.scaler = torch.amp.GradScaler("cpu", enabled=enabled)
-        cspup128.train_step(nets, args, *batch(cspup128, args, 1, torch.float32))
-    assert seen == [torch.float32] + [torch.float16] * 3
+    nets.scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
+    cspup128.train_step(nets, args, *batch(cspup128, args, 1, torch.float32))
+    assert seen == [dtype] * 2
+
+
+@pytest.mark.parametrize(
+    "dtype, autocast, tolerance",
+    [
+        (torch.float64, None, 1e-10),
+        (torch.float32, None, 1e-4),
+        (torch.float32, torch.bfloat16, 0.1),
+        (torch.float32, torch.float16, 0.03),
+    ],
+)
+def test_gradients_of_gradients_are_pytorchs(dtype, autocast, tolerance):
+    """Of the discriminator's loss with R1 and R2, by its own convolutions and by PyTorch's in float64."""
+    torch.manual_seed(0)
+    ours = cspup128.Discriminator(width=3)
+    theirs = cspup128.Discriminator(width=3).double()
+    for i, layer in enumerate(theirs):
+        if isinstance(layer, nn.Conv2d):
+            theirs[i] = nn.Conv2d(*layer.weight.shape[1::-1], layer.kernel_size, layer.stride, layer.padding)
+    theirs.double().load_state_dict(ours.state_dict())
+    images = torch.randn(4, 3, 128, 128, dtype=torch.float64).requires_grad_()
+    found = []
+    for D, precision in (ours.to(dtype), autocast), (theirs, None):
+        x = images.detach().to(next(D.parameters()).dtype).requires_grad_()
+        with torch.autocast("cpu", precision, enabled=bool(precision)):
+            logit = D(x)
+        (gradient,) = torch.autograd.grad(logit.sum(), x, create_graph=True)
+        penalty = gradient.square().sum((1, 2, 3)).mean()
+        (F.softplus(-logit).mean() + 10 * penalty).backward()
+        by_weights = torch.cat([weight.grad.double().flatten() for weight in D.parameters()])
+        found.append((gradient.detach().double().flatten(), x.grad.double().flatten(), by_weights))
+    for a, b in zip(*found):
+        assert (a - b).norm() < tolerance * b.norm()
+    assert type(ours[0]) is cspup128.Conv2d and type(theirs[0]) is nn.Conv2d
 
 
 # Optimisers, learning rates, the average
