@@ -69,8 +69,8 @@ SAMPLE_EVERY = 100  # steps from sample grid to sample grid, rounded up to whole
 SMOOTH = 10  # rows of metrics.csv that each point of a curve is the mean of
 GIF_FRAMES = 100  # most frames of evolution.gif
 COLUMNS = "step", "epoch", "seconds", "images", "loss_d", "loss_g", "d_real", "d_fake"  # of earlier versions
-RANK = int(os.environ.get("RANK", 0))  # number of this process, and how many there are, by torchrun
-RANKS = int(os.environ.get("WORLD_SIZE", 1))
+RANKS = int(os.environ.get("WORLD_SIZE", 1))  # processes, by torchrun
+RANK = int(os.environ.get("RANK", 0)) % RANKS  # number of this one
 PART = slice(RANK, None, RANKS)  # this process's part of a batch, and of what is drawn by chance for one
 EMA_IMAGES = 256  # that the averaged generator's batch norm statistics are taken over, in 4 batches
 RUN_FILES = "config.json metrics.csv losses.png scores.png samples evolution.gif checkpoint.pt models*.pth"
@@ -1159,8 +1159,12 @@ def main(argv=None):
         sys.stdout = None  # the first process speaks for all
     try:
         args, saved = parse(argv)
-        work = generate if args.generate else train if RANK == 0 else train_along
-        work(args, saved)
+        if args.generate:
+            generate(args, saved)
+        elif RANK == 0:
+            train(args, saved)
+        else:
+            train_along(args, saved)
     except torch.cuda.OutOfMemoryError as error:
         line = f"error: {error} (see --batch-size, --width, --device cpu)".replace("\n", " ")
     except KeyboardInterrupt:

@@ -12,8 +12,8 @@ from shared_parts import SCRIPTS, TOP
 LIMITS = {
     "dcgan.py": 9_180,
     "cgan_residual.py": 9_370,
-    "cspup128.py": 9_840,
-    "fashion_keras_port.py": 10_390,
+    "cspup128.py": 9_850,
+    "fashion_keras_port.py": 10_400,
 }
 TOOLS = sorted(f"tools/{path.name}" for path in TOP.glob("tools/*.py"))
 COUNTED = {"NAME", "OP", "NUMBER", "STRING", "FSTRING_START", "FSTRING_MIDDLE"}  # names, operators, literals

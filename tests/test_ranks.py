@@ -146,6 +146,15 @@ def test_a_loss_that_is_not_finite_in_one_process_ends_all(root, tmp_path):
     assert np.isnan(rows_of(out)[-1]["loss_d"])
 
 
+@pytest.mark.parametrize("more", [{}, {"WORLD_SIZE": "1"}])
+def test_a_rank_that_something_else_has_set_is_none(more, root, tmp_path):
+    """As some schedulers of clusters do for one process."""
+    argv = flags(dcgan, root, tmp_path / "run", "--steps", 1)
+    environment = {**os.environ, "RANK": "3", **more}
+    done = subprocess.run([sys.executable, dcgan.__file__, *argv], env=environment, capture_output=True)
+    assert done.returncode == 0 and load(tmp_path / "run" / "checkpoint.pt")["step"] == 1
+
+
 def test_a_batch_that_cannot_be_shared(root, tmp_path, monkeypatch, fails):
     monkeypatch.setattr(dcgan, "RANKS", 3)
     for name in "init_process_group", "barrier", "destroy_process_group":
