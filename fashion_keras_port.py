@@ -796,8 +796,8 @@ def pick_device(args):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = torch.device(name)
-    if name == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if name == "cuda" and RANKS > 1:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
         torch.ones(8, device=device).mul(2).tolist()  # a GPU that this torch has no kernels for fails here
     except Exception as error:
