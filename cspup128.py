@@ -95,8 +95,9 @@ SAMPLE_EVERY = 100  # steps from sample grid to sample grid, rounded up to whole
 SMOOTH = 10  # rows of metrics.csv that each point of a curve is the mean of
 GIF_FRAMES = 100  # most frames of evolution.gif
 COLUMNS = "step", "epoch", "seconds", "images", "loss_d", "loss_g", "d_real", "d_fake"  # of earlier versions
-RANKS = int(os.environ.get("WORLD_SIZE", 1))  # processes, by torchrun
-RANK = int(os.environ.get("RANK", 0)) % RANKS  # number of this one
+TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
+RANKS = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1  # processes
+RANK = int(os.environ["RANK"]) if TORCHRUN else 0  # number of this one
 PART = slice(RANK, None, RANKS)  # this process's part of a batch, and of what is drawn by chance for one
 EMA_IMAGES = 256  # that the averaged generator's batch norm statistics are taken over, in 4 batches
 RUN_FILES = "config.json metrics.csv losses.png scores.png samples evolution.gif checkpoint.pt models*.pth"
@@ -414,11 +415,9 @@ def list_files(path):
 def find_images(data, root):
     """{name, as cat/1.png: (what changes with the file, function that opens it or why it is left out)}."""
     place = Path(data).expanduser()
-    if data in ("synthetic", "celeba", *NAMED_SETS) and place.exists():
-        if place.resolve() != Path(root, data).resolve():
-            fail(
-                f"--data {data} is a set and, here, a folder: ./{data} is the folder; for the set, rename it"
-            )
+    of_root = data == "celeba" and place.resolve() == Path(root, data).resolve()  # as torchvision names it
+    if data in ("synthetic", "celeba", *NAMED_SETS) and data in os.listdir() and not of_root:
+        fail(f"--data {data} is a set and, here, a folder: ./{data} is the folder; for the set, rename it")
     if data == "synthetic":
         return {name: (None, functools.partial(draw_image, i)) for i, name in enumerate(SYNTHETIC)}
     if data in NAMED_SETS:
@@ -431,7 +430,7 @@ def find_images(data, root):
         fail(f"--data {data} is none of: a folder, a .zip, synthetic, mnist, fashion, celeba")
     found = {}
     for name, stamp, opener in list_files(path):
-        name = nfc(name.replace("\\", "/"))  # as in zip files of Windows
+        name = nfc(name.replace("\\", "/").removeprefix("./"))  # as in zip files of Windows
         while name in found:
             name += " again"
             opener = "a file before it has the same name"
@@ -455,8 +454,8 @@ def open_image(opener, size):
     if image.mode[0] not in "IF":
         return image.convert("RGBA" if image.has_transparency_data else "RGB")
     values = np.nan_to_num(np.asarray(image, np.float32))
-    if values.min() < 0:
-        raise ValueError("it has values below 0")
+    if values.min() < 0 or values.max() > WHITES[-1]:
+        raise ValueError(f"it has values below 0 or above {WHITES[-1]}")
     return Image.fromarray(values)
 
 
@@ -496,7 +495,7 @@ def pack_images(path, openers, args):
         if max(image.size) >= CROPPED * min(image.size) or args.size >= ENLARGED * min(image.size):
             report["odd"][name] = image.size
         if image.mode == "F":
-            image = Image.fromarray(np.uint8(np.asarray(image).clip(0, white) * 255 / white))
+            image = Image.fromarray(np.uint8(np.asarray(image) * 255.0 / white))
         return square(image, args.size, args.channels).tobytes()
 
     shape = len(openers), args.size, args.size, args.channels
@@ -505,7 +504,7 @@ def pack_images(path, openers, args):
             if args.data != "synthetic":
                 peaks = threads.map(brightest, openers.values())
                 peak = max(tqdm(peaks, "opening", len(openers), unit="img"))
-                white = next((value for value in WHITES if value >= peak), WHITES[-1])
+                white = next(value for value in WHITES if value >= peak)
             np.lib.format.write_array_header_1_0(
                 file, {"descr": "|u1", "fortran_order": False, "shape": shape}
             )
@@ -526,7 +525,7 @@ def source_of(*functions):
 
 def names_of(found):
     """The names, in order, of what find_images() gives, without what is hidden and what is in run folders."""
-    runs = [name.removesuffix("models.pth") for name in found if name.endswith("models.pth")]
+    runs = [name.removesuffix("metrics.csv") for name in found if name.endswith("metrics.csv")]
     runs = tuple(folder for folder in runs if f"{folder}config.json" in found)
     names = [name for name in found if "/." not in f"/{name}" and "__MACOSX" not in name]
     return sorted(name for name in names if not name.startswith(runs))
@@ -675,7 +674,7 @@ def epoch_of(file):
 
 def draw_animation(out):
     """Draw evolution.gif, the sample grids in order."""
-    files = sorted(out.glob("samples/epoch_*.png"), key=epoch_of)
+    files = sorted(out.glob("samples/epoch_*[0-9].png"), key=epoch_of)
     if not files:
         return
     shown = files[:: -math.ceil(len(files) / GIF_FRAMES)][::-1]  # the last one always
@@ -989,7 +988,9 @@ def check_finite(metrics, args, step, rows):
     if not finite(metrics):
         save_metrics(Path(args.out), rows)
         draw_curves(Path(args.out), rows)
-        fail(f"no finite loss at step {step}: a lower --lr or --precision fp32, with --resume or a new --out")
+        fail(
+            f"no finite loss at step {step}: try a lower --lr or --precision fp32, resumed or in a new --out"
+        )
 
 
 def run_files(folder):
@@ -998,37 +999,40 @@ def run_files(folder):
 
 
 @contextlib.contextmanager
-def held(out, epoch):
-    """Hold the run folder `out` at this epoch: no other process trains in it, and no sample grid is later."""
+def held(args, saved):
+    """Hold the run folder --out for this process; fail if another process does, or it holds another run."""
     from filelock import FileLock, Timeout  # torch brings it
 
-    path = out / ".lock"
+    out = Path(args.out)
+    is_new = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path)
+        lock = FileLock(out / ".lock")
         lock.acquire(timeout=0)
     except Timeout:
         fail(f"another process trains in {out}")
     except OSError as error:
         fail(f"{out} cannot be written: {error} (see --out)")
     try:
-        for file in out.glob("samples/epoch_*.png"):
-            if epoch_of(file) > epoch:  # by a process that was killed: it is drawn again
-                file.unlink()
+        files = run_files(out)
+        if files and not (saved and saved["path"].parent.samefile(out)):
+            fail(f"{out} holds a run ({', '.join(files)}): take another --out, or --resume its checkpoint.pt")
+        if saved and saved["path"].stat().st_mtime_ns != saved["changed"]:
+            fail(
+                f"another process went on with {saved['path']} meanwhile: the same command goes on from there"
+            )
         yield
     finally:
         with contextlib.suppress(OSError):  # Windows removes no open file
-            path.unlink()
+            (out / ".lock").unlink()
         lock.release()
+        if is_new:
+            with contextlib.suppress(OSError):  # it stays if there is anything in it
+                out.rmdir()
 
 
 def set_up(args, saved):
     """What a run begins with: arrays that batches are rows of, nets, step, metrics so far."""
-    holds = run_files(args.out)
-    if holds and not (saved and saved["folder"].samefile(args.out)):
-        fail(
-            f"{args.out} holds a run ({', '.join(holds)}): take another --out, or --resume its checkpoint.pt"
-        )
     if Path(args.out).resolve() == Path(args.data).resolve():
         fail(f"--out {args.out} is the folder of the images, of which its samples would be some")
     device, precision = pick_device(args)
@@ -1045,7 +1049,7 @@ def set_up(args, saved):
     if args.batch_size % RANKS:
         fail(f"--batch-size {args.batch_size}, that of all {RANKS} processes, is not a multiple of them")
     if saved and saved["config"].get("image_set", args.image_set) != args.image_set:
-        fail(f"{args.out} began with other images")
+        fail(f"{args.out} began with other images than --data {args.data} has now: put those back")
     arrays = [pack, *prepare(args, pack, names)]
     nets = make_training(args, device, precision, saved)
     args.used = {
@@ -1056,6 +1060,10 @@ def set_up(args, saved):
         "gan_ops": use_gan_ops(args, nets, device),
     }
     step = saved["step"] if saved else 0
+    epoch = math.ceil(step / (len(pack) // args.batch_size))
+    for file in Path(args.out).glob("samples/epoch_*[0-9].png"):
+        if epoch_of(file) > epoch:  # by a process that was killed: it is drawn again
+            file.unlink(missing_ok=True)
     print("; ".join(f"{name} {value}" for name, value in args.used.items()), end="")
     print(f"; into {args.out} from step {step}", flush=True)
     return arrays, nets, step, saved["rows"] if saved else []
@@ -1075,12 +1083,7 @@ def train(args, saved):
     fixed_z = draw_z(args, GRID**2)
     step = start
     bar = tqdm(training_steps(nets, args, arrays, start, last), SCRIPT, last, initial=start)
-    with (
-        held(out, math.ceil(start / steps_per_epoch)),
-        logger(args, start) as log,
-        signals_noted() as caught,
-        bar,
-    ):
+    with logger(args, start) as log, signals_noted() as caught, bar:
         try:
             for step, metrics in bar:
                 epoch = math.ceil(step / steps_per_epoch)
@@ -1089,8 +1092,8 @@ def train(args, saved):
                 metrics, stop = agree(metrics, stop, step, last)
                 log_now = stop or step % LOG_EVERY == 0
                 draw_now = stop or step % sample_every == 0
-                save_now = stop or (log_now and now - saved_at > 60 * args.save_every)
                 keep_now = args.keep_every and step % (args.keep_every * steps_per_epoch) == 0
+                save_now = stop or ((log_now or keep_now) and now - saved_at > 60 * args.save_every)
                 if log_now:
                     metrics = {name: float(value) for name, value in metrics.items()}
                     rows.append(
@@ -1111,11 +1114,11 @@ def train(args, saved):
                 if draw_now:
                     with replacing(out / f"samples/epoch_{epoch:04d}.png") as part:
                         save_image(sample(nets.ema, fixed_z) / 255, part, nrow=GRID)
-                if keep_now:
-                    save_torch(out / f"models_{epoch:04d}.pth", models_of(args, nets))
                 if save_now:
                     save(args, nets, step, rows)
                     saved_at = now
+                if keep_now:
+                    save_torch(out / f"models_{epoch:04d}.pth", models_of(args, nets))
                 if stop:
                     break
         except BaseException:  # a mistake in a changed script, a closed terminal: save what is whole
@@ -1196,6 +1199,7 @@ def flag_defaults(args):
 # --- shared: command line ---
 def load_checkpoint(path):
     """A checkpoint.pt or models.pth of this script, on the CPU; no code in it is run."""
+    changed = path.exists() and path.stat().st_mtime_ns
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         saved["config"] = {RENAMED.get(name, name): value for name, value in saved["config"].items()}
@@ -1208,7 +1212,7 @@ def load_checkpoint(path):
             f"{path} is no checkpoint of {SCRIPT}.py: {error}; "
             f"of a run its folder has {run_files(path.parent) or 'nothing'}"
         )
-    saved["folder"] = path.parent
+    saved.update(path=path, changed=changed)
     return saved
 
 
@@ -1285,6 +1289,8 @@ def parse(argv):
             defaults["device"] = "auto"  # begun on another machine
         if given.epochs or given.steps:
             defaults.update(epochs=None, steps=None, minutes=0)  # in place of the earlier end
+    elif given.checkpoint:
+        fail("--checkpoint is for --generate and --resume")
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     if args.logger and not args.generate and not importlib.util.find_spec(args.logger):
@@ -1309,7 +1315,8 @@ def main(argv=None):
         if args.generate:
             generate(args, saved)
         elif RANK == 0:
-            train(args, saved)
+            with held(args, saved):
+                train(args, saved)
         else:
             train_along(args, saved)
     except torch.cuda.OutOfMemoryError as error:

@@ -45,7 +45,7 @@ EARLY = 20  # a table's early samples are those after one of so many parts of th
 # Run folders
 def open_run(run, files):
     """(script, its arguments, files of the sample grids in order) of a run folder; files: of --script."""
-    grids = sorted(Path(run, "samples").glob("epoch_*.png"), key=epoch_of)
+    grids = sorted(Path(run, "samples").glob("epoch_*[0-9].png"), key=epoch_of)
     if not grids:
         fail(f"{run} is no run folder with samples in it")
     try:
