@@ -277,6 +277,8 @@ def list_files(path):
                 yield name, stamp, functools.partial(Image.open, file)
             elif file.is_symlink():  # links to folders can lead back up
                 yield name, None, "a link to a folder, or to nothing"
+            elif not os.access(file, os.R_OK | os.X_OK):
+                yield name, None, "a folder that may not be opened"
     else:
         archive = zipfile.ZipFile(path)
         for info in archive.infolist():

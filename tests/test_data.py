@@ -265,6 +265,18 @@ def test_each_folder_is_taken_once_whatever_links_lead_back_up(tmp_path, capsys)
     assert len(list((tmp_path / "root" / ".packed").glob("*.npy"))) == 2
 
 
+def test_a_folder_that_may_not_be_opened_is_named(tmp_path, monkeypatch, capsys):
+    """What is in it cannot be counted. (The tests may run as root, who may open any.)"""
+    folder = tree(tmp_path / "set", "a/1.png 2.png")
+    (folder / "secret").mkdir()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "secret" and access(path, mode))
+    assert load(folder, tmp_path / "root")[1] == ["2.png", "a/1.png"]
+    (report,) = (tmp_path / "root" / ".packed").glob("*.json")
+    assert json.loads(report.read_text())["left_out"] == {"secret": "a folder that may not be opened"}
+    assert "'': 1" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", ["folder", "zip"])
 def test_an_image_of_several_pages_or_frames_is_left_out_and_others_are_not(kind, tmp_path, capsys):
     """Its first one alone would be a silent loss; a photograph before its own preview is whole."""

@@ -10,10 +10,10 @@ import pytest
 from shared_parts import SCRIPTS, TOP
 
 LIMITS = {
-    "dcgan.py": 9_300,
-    "cgan_residual.py": 9_520,
-    "cspup128.py": 9_970,
-    "fashion_keras_port.py": 10_545,
+    "dcgan.py": 9_320,
+    "cgan_residual.py": 9_530,
+    "cspup128.py": 9_985,
+    "fashion_keras_port.py": 10_555,
 }
 TOOLS = sorted(f"tools/{path.name}" for path in TOP.glob("tools/*.py"))
 COUNTED = {"NAME", "OP", "NUMBER", "STRING", "FSTRING_START", "FSTRING_MIDDLE"}  # names, operators, literals
