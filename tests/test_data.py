@@ -646,6 +646,35 @@ def test_a_mistake_in_ones_own_code_that_makes_images_is_a_traceback(name, neste
     assert not list((tmp_path / "root" / ".packed").glob("*"))
 
 
+OWN = {  # of open_image, which is called where a broken file can raise anything
+    AttributeError: lambda opener, size: opener().rotated(90),
+    TypeError: lambda opener, size: opener().rotate(),
+    KeyError: lambda opener, size: opener().info["none"],
+    ZeroDivisionError: lambda opener, size: opener().resize((size // 0, size)),
+}
+
+
+@pytest.mark.parametrize("error", OWN)
+def test_ones_own_open_image_is_not_taken_for_a_broken_file(error, nested, tmp_path, monkeypatch):
+    monkeypatch.setattr(dcgan, "open_image", OWN[error])
+    with pytest.raises(error):
+        load(nested, tmp_path / "root")
+
+
+def test_an_image_that_ones_own_open_image_refuses_is_left_out(nested, tmp_path, monkeypatch):
+    original = dcgan.open_image
+
+    def open_image(opener, size):
+        image = original(opener, size)
+        if image.getpixel((0, 0)) == BLUE:
+            raise ValueError("it is blue")
+        return image
+
+    solid(nested / "b" / "1.png", BLUE)
+    monkeypatch.setattr(dcgan, "open_image", open_image)
+    assert len(load(nested, tmp_path / "root")[0]) == 4
+
+
 @pytest.mark.parametrize("kind", ["folder", "zip"])
 @pytest.mark.parametrize(
     "change, count",
