@@ -5,7 +5,8 @@
     python fashion_keras_port.py --generate 100 --checkpoint runs/fashion_keras_port/models.pth
 
 The default is the fully connected GAN of many a Keras notebook (Goodfellow et al. 2014), to rounding the same
-mathematics: first weights, batch norm, Adam, loss. Flags add classes, a style-based generator, losses.
+mathematics: first weights, batch norm, Adam, loss. Flags add classes,
+convolutions, a style-based generator and losses.
 """
 
 # %% [markdown]
@@ -33,6 +34,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 import unicodedata
 import zipfile
 import zlib
@@ -55,29 +57,29 @@ SCRIPT = Path(__file__).stem if "__file__" in globals() else "fashion_keras_port
 Z_DIM = 100  # length of the noise z
 GRID = 10  # rows and columns of a sample grid
 SYNTHETIC = [f"{('Dress', 'Trouser', 'Bag')[i % 3]}/{i}.png" for i in range(4096)]  # for --data synthetic
-LOSSES = "bce", "hinge", "lsgan"
-RECIPES = {  # defaults by --arch: what the Keras original has, and what was found to suit styles
-    "dense": {
-        "width": 256,
-        "batch_size": 32,
-        "gamma": 0.0,
-        "lr": 2e-4,
-        "d_lr": 2e-4,
-        "lr_decay_from": 0,
-        "betas": [0.5, 0.999],
-        "ema": 0.0,
-    },
-    "style": {
-        "width": 16,
-        "batch_size": 64,
-        "gamma": 0.3,
-        "lr": 5e-4,
-        "d_lr": 1e-3,
-        "lr_decay_from": 3000,
-        "betas": [0.0, 0.99],
-        "ema": 0.999,
-    },
+LOSSES = "bce", "hinge", "lsgan", "wgan-gp"
+WGAN_GAMMA = 20.0  # default of --gamma with wgan-gp: the paper's 10, as a half of gamma counts
+KERAS = {  # defaults of --arch dense: what the Keras original has
+    "width": 256,
+    "batch_size": 32,
+    "gamma": 0.0,
+    "lr": 2e-4,
+    "d_lr": 2e-4,
+    "lr_decay_from": 0,
+    "betas": [0.5, 0.999],
+    "ema": 0.0,
 }
+CONVOLUTIONS = {  # defaults of --arch dcgan and style: what was found to suit them
+    "width": 16,
+    "batch_size": 64,
+    "gamma": 0.3,
+    "lr": 5e-4,
+    "d_lr": 1e-3,
+    "lr_decay_from": 3000,
+    "betas": [0.0, 0.99],
+    "ema": 0.999,
+}
+RECIPES = {"dense": KERAS, "dcgan": CONVOLUTIONS, "style": CONVOLUTIONS}
 FIXED = "arch", "conditional", "loss", "gamma", "width", "batch_size"  # that a resumed run cannot change
 RENAMED = {"fall": "lr_decay_from", "names": "class_names", "recipe": "arch"}  # in earlier checkpoints
 
@@ -127,16 +129,17 @@ Image.MAX_IMAGE_PIXELS = 14_000**2  # images of more than twice as many are left
 # | `Dense` starts Glorot-uniform, biases at 0 | `nn.Linear` has other weights to start with |
 # | Adam's `epsilon=1e-7` | is added before the bias correction, not after it: a factor of 32 at first |
 #
-# `--arch style` has convolutions in place of the wide layers: a pixel looks at its neighbours, and far fewer
-# weights draw sharper clothes. It starts from one learnt image; the noise only says how strong each feature
-# is (Karras et al. 2020). `--conditional` gives both players the class: the generator gets it as ten numbers
-# before the noise, nine 0 and one 1; the discriminator compares its features with a vector for the class
-# (Miyato & Koyama 2018). Who has to make a bag when a bag is asked for cannot forget bags.
+# `--arch dcgan` has convolutions in place of the wide layers (Radford et al. 2016): a pixel looks at its
+# neighbours, and far fewer weights draw sharper clothes. With `--arch style` they start from one learnt
+# image; the noise only says how strong each feature is (Karras et al. 2020). `--conditional` gives both
+# players the class: the generator gets it as ten numbers before the noise, nine 0 and one 1; the
+# discriminator compares its features with a vector for the class (Miyato & Koyama 2018). Who has to make a
+# bag when a bag is asked for cannot forget bags.
 
 
 # %%
 class LeakyReLUBatchNorm(nn.BatchNorm1d):
-    """batch_norm(leaky_relu(x, 0.2)) of N,C as Keras has it: running_var is the batch's plain variance."""
+    """batch_norm(leaky_relu(x, 0.2)) of N,C or N,C,H,W as Keras has it: running_var is the plain variance."""
 
     fused = False  # True: gan_ops does it, as one operation
 
@@ -150,7 +153,8 @@ class LeakyReLUBatchNorm(nn.BatchNorm1d):
             statistics = self.running_mean, self.running_var
             op = torch.ops.gan_ops.leaky_relu_batch_norm
             return op(x, self.weight, self.bias, *statistics, *options, 0.2, True)
-        plain_share = 1 - 1 / len(x) if self.training else 1  # (n-1)/n: plain variance over PyTorch's
+        # (n-1)/n for n values of a feature: plain variance over PyTorch's
+        plain_share = 1 - x.shape[1] / x.numel() if self.training else 1
         running_var = self.running_var / plain_share
         x = F.batch_norm(
             F.leaky_relu(x, 0.2), self.running_mean, running_var, self.weight, self.bias, *options
@@ -171,6 +175,19 @@ class Generator(nn.Sequential):
             layers.append(LeakyReLUBatchNorm(c_out, momentum=0.2, eps=1e-3))
             c_in = c_out
         super().__init__(*layers, nn.Linear(c_in, 784), nn.Tanh(), nn.Unflatten(1, (1, 28, 28)))
+
+
+class DCGANGenerator(nn.Sequential):
+    """The same by transposed convolutions, each of which doubles the image (Radford et al. 2016)."""
+
+    def __init__(self, width=16, classes=0):
+        w = width
+        layers = [nn.Linear(classes + Z_DIM, 4 * w * 49), nn.Unflatten(1, (4 * w, 7, 7))]
+        layers.append(LeakyReLUBatchNorm(4 * w, momentum=0.2, eps=1e-3))  # N,64,7,7
+        for c_in, c_out in ((4 * w, 2 * w), (2 * w, w)):  # N,32,14,14; N,16,28,28
+            layers.append(nn.ConvTranspose2d(c_in, c_out, 4, 2, 1))
+            layers.append(LeakyReLUBatchNorm(c_out, momentum=0.2, eps=1e-3))
+        super().__init__(*layers, nn.Conv2d(w, 1, 3, padding=1), nn.Tanh())
 
 
 class StyleGenerator(nn.Module):
@@ -260,7 +277,10 @@ class Discriminator(nn.Module):
 def make_networks(args):
     """(generator, discriminator) with Keras's initial weights: Glorot-uniform, biases 0."""
     classes = len(args.class_names) if args.conditional else 0
-    G = StyleGenerator(args.width, classes) if args.arch == "style" else Generator(args.width, classes)
+    if args.loss == "wgan-gp" and args.gamma == 0:
+        fail("--loss wgan-gp is nothing without its penalty: a --gamma above 0")
+    kind = {"dense": Generator, "dcgan": DCGANGenerator, "style": StyleGenerator}[args.arch]
+    G = kind(args.width, classes)
     D = Discriminator(args.width, classes, args.arch)
     for name, weight in (*G.named_parameters(), *D.named_parameters()):
         if name.endswith("bias"):
@@ -311,8 +331,10 @@ Optimiser = KerasAdam
 # one sneaker, whatever the noise; its loss jumps as the discriminator learns it and a shirt comes next.
 #
 # Other losses score images instead of giving probabilities: `hinge` asks for scores beyond 1 and -1 and no
-# further (Lim & Ye 2017), `lsgan` for scores of 1 and 0 (Mao et al. 2017). `--gamma` penalises any gradient
-# at real images, so that the discriminator stays calm where it is right (R1, Mescheder et al. 2018).
+# further (Lim & Ye 2017), `lsgan` for scores of 1 and 0 (Mao et al. 2017), `wgan-gp` for scores as far apart
+# as can be reached where the score changes by no more than the image does: its slope is held near 1 between
+# real and fake images (Gulrajani et al. 2017). With the other losses `--gamma` penalises any slope at real
+# images, so that the discriminator stays calm where it is right (R1, Mescheder et al. 2018).
 
 
 # %%
@@ -323,24 +345,38 @@ def adversarial_loss(loss, logit, real):
         return -(p + (real - 1)).abs().log().mean()  # of p or of 1 - p
     if loss == "hinge":
         return F.relu(1 - logit if real else 1 + logit).mean()
-    return (logit - int(real)).square().mean()  # lsgan
+    if loss == "lsgan":
+        return (logit - int(real)).square().mean()
+    return -logit.mean() if real else logit.mean()  # wgan-gp
 
 
-def r1_penalty(args, logit, images):
-    """gamma / 2 times the mean squared gradient of the logits with respect to the images."""
+def slope_penalty(nets, args, real, real_logit, fake, labels):
+    """gamma / 2 times the mean squared distance of a slope, the length of a logit's gradient, from 0 or 1.
+
+    From 0 at real images, whose logits are at hand (R1, Mescheder et al. 2018), or, with wgan-gp, from 1 at
+    random mixtures of real and fake ones (Gulrajani et al. 2017).
+    """
     if args.gamma == 0:
         return 0
+    images, logit, target = real, real_logit, 0
+    if args.loss == "wgan-gp":
+        share = torch.rand(len(real) * RANKS, 1, 1, 1, device=real.device)[PART]
+        images = torch.lerp(real, fake.to(real.dtype), share).detach().requires_grad_()
+        with nets.autocast():
+            logit = nets.D(images, *labels, logits=True).float()
+        target = 1
     (gradient,) = torch.autograd.grad(logit.sum(), images, create_graph=True)
-    return args.gamma / 2 * gradient.square().sum((1, 2, 3)).mean()
+    return args.gamma / 2 * (gradient.flatten(1).norm(dim=1) - target).square().mean()
 
 
 def train_step(nets, args, real, z, *labels):
     """A step on real images (N,1,28,28), z (N,100), if --conditional one-hot labels (N,10); returns metrics.
 
     dense, as Keras's loop: the discriminator's step on real images, then its step on fake ones, made in
-    inference mode, then the generator's from noise of its own; style: one step of each, on the same images.
+    inference mode, then the generator's from noise of its own; else one step of each, on the same images.
     """
     dense = args.arch == "dense"
+    in_turn = dense and args.loss != "wgan-gp"  # whose scores mean something only beside each other
 
     nets.D.requires_grad_(True)
     nets.G.train(not dense)
@@ -349,13 +385,14 @@ def train_step(nets, args, real, z, *labels):
     real.requires_grad_(args.gamma > 0)
     with nets.autocast():
         real_logit = nets.D(real, *labels, logits=True).float()
-    loss_real = adversarial_loss(args.loss, real_logit, True) + r1_penalty(args, real_logit, real)
-    if dense:
+    loss_real = adversarial_loss(args.loss, real_logit, True)
+    loss_real = loss_real + slope_penalty(nets, args, real, real_logit, fake, labels)
+    if in_turn:
         optimise(nets, loss_real, nets.opt_d)
     with nets.autocast():
         fake_logit = nets.D(fake.detach(), *labels, logits=True).float()
     loss_fake = adversarial_loss(args.loss, fake_logit, False)
-    optimise(nets, loss_fake if dense else loss_real + loss_fake, nets.opt_d)
+    optimise(nets, loss_fake if in_turn else loss_real + loss_fake, nets.opt_d)
 
     nets.D.requires_grad_(False)
     nets.G.train()
@@ -594,8 +631,10 @@ def pack_images(path, openers, args):
     def decode(name):
         try:
             image = open_image(openers[name], args.size)
-        except Exception as error:  # a broken file can raise anything
-            if args.data == "synthetic" or isinstance(error, NameError):
+        except Exception as error:  # a broken file can raise anything within Pillow
+            raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+            is_own = raised_in == open_image.__code__.co_filename and not isinstance(error, ValueError)
+            if args.data == "synthetic" or is_own:
                 raise  # a mistake in this script
             report["left_out"][name] = str(error)
             return b""
@@ -1270,7 +1309,7 @@ def add_flags(parser):
     add("--arch", choices=RECIPES, default="dense", help="dense is Keras's (%(default)s)")
     add("--conditional", action="store_true", help="give both networks the class")
     add("--loss", choices=LOSSES, default="bce", help="(%(default)s)")
-    add("--gamma", type=amount, help="weight of the gradient penalty R1 (%(default)s)")
+    add("--gamma", type=amount, help="weight of the gradient penalty (%(default)s)")
     add("--width", type=count, help="of the narrowest layer (%(default)s)")
     add("--labels", type=nfc, help="classes to make: names or numbers, as Bag,3 (all)")
     add("--data", default="fashion", help="fashion, mnist, synthetic, a folder or .zip (%(default)s)")
@@ -1278,8 +1317,11 @@ def add_flags(parser):
 
 
 def flag_defaults(args):
-    """Defaults by --arch."""
-    return RECIPES[args.arch]
+    """Defaults by --arch and --loss."""
+    defaults = dict(RECIPES[args.arch])
+    if args.loss == "wgan-gp":
+        defaults["gamma"] = WGAN_GAMMA
+    return defaults
 
 
 # --- shared: command line ---

@@ -22,6 +22,7 @@ KINDS = {  # what a script trains, each with its flags
     "cgan_residual": (cgan_residual, "--width 2"),
     "fashion": (fashion_keras_port, "--width 4 --batch-size 8"),
     "fashion-style": (fashion_keras_port, "--width 2 --arch style --conditional"),
+    "fashion-wgan-gp": (fashion_keras_port, "--width 2 --arch dcgan --loss wgan-gp --conditional"),
 }
 TINY = {}  # of each script the first of these, in full
 for _script, _flags in reversed(KINDS.values()):

@@ -11,6 +11,7 @@ from conftest import TINY, flags, load
 
 import cspup128
 import dcgan
+import fashion_keras_port
 
 pytestmark = pytest.mark.usefixtures("without_curves")
 
@@ -56,17 +57,19 @@ def test_a_flag_that_cannot_be(script, flag, root, tmp_path, fails):
 
 
 @pytest.mark.parametrize(
-    "argv",
+    "script, argv",
     [
-        "--gamma -1",
-        "--scheme exact --gamma -1",
-        "--scheme exact --gamma 3",
-        "--scheme exact --loss hinge",
-        "--scheme exact --up nearest",
+        (cspup128, "--gamma -1"),
+        (cspup128, "--scheme exact --gamma -1"),
+        (cspup128, "--scheme exact --gamma 3"),
+        (cspup128, "--scheme exact --loss hinge"),
+        (cspup128, "--scheme exact --up nearest"),
+        (fashion_keras_port, "--loss wgan-gp --gamma 0"),
     ],
+    ids=lambda value: getattr(value, "SCRIPT", value),
 )
-def test_flags_that_do_not_go_together(argv, root, tmp_path, fails):
-    line = fails(cspup128, *flags(cspup128, root, tmp_path / "run"), *argv.split())
+def test_flags_that_do_not_go_together(script, argv, root, tmp_path, fails):
+    line = fails(script, *flags(script, root, tmp_path / "run"), *argv.split())
     assert argv.split()[-2] in line and not (tmp_path / "run").exists()
 
 

@@ -45,6 +45,8 @@ OTHERS = [
     (dcgan, "--recipe classic", {"d-lr": "0.0002", "betas": "[0.5, 0.999]", "ema": "0.0", "flip": "False"}),
     (cspup128, "--scheme exact", {"lr": "0.0002", "betas": "[0.5, 0.999]", "loss": "bce", "up": "deconv"}),
     (fashion_keras_port, "--arch style", {"lr": "0.0005", "d-lr": "0.001", "ema": "0.999", "width": "16"}),
+    (fashion_keras_port, "--loss wgan-gp", {"gamma": "20.0"}),
+    (fashion_keras_port, "--arch dcgan", {"gamma": "0.3", "batch-size": "64"}),
 ]
 
 

@@ -145,7 +145,8 @@ def r3gan_step(G, D, opt_g, opt_d, args, _, real, z):
 def keras_step(G, D, opt_g, opt_d, args, _, real, z, *labels):
     """Keras's loop: the discriminator on real images, then on what inference mode makes; then the generator.
 
-    With styles the discriminator learns from both at once, and both networks from the same images.
+    With convolutions the discriminator learns from both at once, and both networks from the same images; with
+    wgan-gp from both at once too, as Wasserstein's distance is a difference.
     """
     losses = {  # of the discriminator on real and on fake images, of the generator
         "bce": (lambda x: bce(x, 1.0), lambda x: bce(x, 0.0), lambda x: bce(x, 1.0)),
@@ -155,6 +156,7 @@ def keras_step(G, D, opt_g, opt_d, args, _, real, z, *labels):
             lambda x: -x.mean(),
         ),
         "lsgan": (lambda x: ((x - 1) ** 2).mean(), lambda x: (x**2).mean(), lambda x: ((x - 1) ** 2).mean()),
+        "wgan-gp": (lambda x: -x.mean(), lambda x: x.mean(), lambda x: -x.mean()),
     }
     d_loss_real, d_loss_fake, g_loss = losses[args.loss]
 
@@ -164,24 +166,32 @@ def keras_step(G, D, opt_g, opt_d, args, _, real, z, *labels):
     def loss_of_real(logit):
         if not args.gamma:
             return d_loss_real(logit)
-        return d_loss_real(logit) + args.gamma / 2 * (gradient_lengths(logits_of, real) ** 2).mean()
+        if args.loss != "wgan-gp":
+            return d_loss_real(logit) + args.gamma / 2 * (gradient_lengths(logits_of, real) ** 2).mean()
+        share = torch.rand(len(real), 1, 1, 1)
+        lengths = gradient_lengths(logits_of, (1 - share) * real + share * fake.detach())
+        return d_loss_real(logit) + args.gamma / 2 * ((lengths - 1) ** 2).mean()
 
-    if args.arch == "style":
+    keras = args.arch == "dense"
+    if keras:
+        fake = G.eval()(torch.cat([*labels, z], 1)).detach()
+        G.train()
+    else:
         fake = G(torch.cat([*labels, z], 1))
+    if not keras or args.loss == "wgan-gp":
         real_logit = logits_of(real)
         fake_logit = logits_of(fake.detach())
         loss_real = loss_of_real(real_logit)
         loss_fake = d_loss_fake(fake_logit)
         learn(opt_d, loss_real + loss_fake)
     else:
-        fake = G.eval()(torch.cat([*labels, z], 1)).detach()
-        G.train()
         real_logit = logits_of(real)
         loss_real = loss_of_real(real_logit)
         learn(opt_d, loss_real)
         fake_logit = logits_of(fake)
         loss_fake = d_loss_fake(fake_logit)
         learn(opt_d, loss_fake)
+    if keras:
         fake = G(torch.cat([*labels, torch.randn_like(z)], 1))
     loss_g = g_loss(logits_of(fake))
     learn(opt_g, loss_g)
@@ -198,13 +208,12 @@ STEPS = [
     (cspup128, r3gan_step, "--scheme exact --d-every 2"),
     (cspup128, r3gan_step, "--loss hinge --d-every 3"),
     (cspup128, r3gan_step, "--loss bce --up deconv"),
-    (fashion_keras_port, keras_step, "--loss bce"),
-    (fashion_keras_port, keras_step, "--loss hinge"),
-    (fashion_keras_port, keras_step, "--loss lsgan"),
-    (fashion_keras_port, keras_step, "--arch style --conditional --loss bce"),
-    (fashion_keras_port, keras_step, "--arch style --conditional --loss hinge"),
-    (fashion_keras_port, keras_step, "--arch style --conditional --loss lsgan"),
+    (fashion_keras_port, keras_step, "--gamma 2"),
 ]
+for _arch in "dense", "dcgan", "style":
+    for _loss in "bce", "hinge", "lsgan", "wgan-gp":
+        _more = "" if _arch == "dense" else "--conditional"
+        STEPS.append((fashion_keras_port, keras_step, f"--arch {_arch} --loss {_loss} {_more}"))
 
 
 @pytest.mark.parametrize("script, textbook, argv", STEPS, ids=[f"{s.SCRIPT} {argv}" for s, _, argv in STEPS])
