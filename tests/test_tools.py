@@ -323,6 +323,27 @@ def test_figures_by_class_are_counted_by_hand():
     )
 
 
+def test_precision_and_recall_are_counted_by_hand():
+    """Balls reach to the third nearest other: 0, 1, 2, 3 have radii 3, 2, 2, 3; 0, 1, 2, 3, 100 nearly 97."""
+    line = torch.arange(4.0, dtype=torch.float64)[:, None]
+    places = torch.tensor([-3.1, -2.9, 5.9, 6.1, 50.0], dtype=torch.float64)[:, None]
+    assert classifier.covered(places, line) == 2 / 5
+    assert classifier.covered(line, line + 50) == 0 and classifier.covered(line, line) == 1
+    assert classifier.covered(line, places) == 1  # that at 50 reaches down to -2.9
+    few = torch.zeros(2, 1, dtype=torch.float64)
+    assert classifier.covered(few, few) == 1 and classifier.covered(few + 1, few) == 0
+
+
+def test_a_generator_of_one_class_is_precise_and_recalls_little():
+    generator = torch.Generator().manual_seed(0)
+    real = (
+        torch.randn(300, 8, generator=generator, dtype=torch.float64) + 9 * torch.eye(8).repeat(38, 1)[:300]
+    )
+    fake = real[::8] + 0.05 * torch.randn(38, 8, generator=generator, dtype=torch.float64)
+    assert classifier.covered(fake, real) > 0.95
+    assert classifier.covered(real, fake) < 0.2
+
+
 def read_echo(monkeypatch, tmp_path, shift=0, test=None):
     """Figures of a generator that makes the class asked for, or one `shift` after it; what it was asked."""
     known, asked = shades([0] * 60 + [1] * 30 + [2] * 30), []

@@ -14,6 +14,7 @@ BATCH_SIZE = 128
 SHIFT = 2  # pixels that a batch is moved by at most, each way, in training
 LR = 4e-3  # highest learning rate
 SHARE = "share of "  # figures of classes are named so
+NEIGHBOUR = 3  # to which nearest one the balls of precision and recall reach
 
 
 def frechet(a, b):
@@ -25,6 +26,17 @@ def frechet(a, b):
     squares = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0)  # eigenvalues of cov_a cov_b
     distance = (a.mean(0) - b.mean(0)).square().sum()
     return (distance + cov_a.trace() + cov_b.trace() - 2 * squares.sqrt().sum()).item()
+
+
+def covered(rows, others):
+    """Share of rows N,K in a ball around one of `others` M,K, which reaches to its third nearest other.
+
+    Precision is that of generated images among real ones, recall the reverse (Kynkaanniemi et al. 2019).
+    """
+    k = min(NEIGHBOUR + 1, len(others))  # each is its own nearest
+    radii = torch.cat([torch.cdist(part, others).kthvalue(k).values for part in others.split(1000)])
+    inside = [(torch.cdist(part, others) <= radii).any(1) for part in rows.split(1000)]
+    return torch.cat(inside).double().mean().item()
 
 
 def classes_of(names, known):
@@ -120,8 +132,11 @@ def figures_by_class(net, fake, labels, known, test, classes):
     known_features, _ = read(net, known[0])
     accuracy, lowest = accuracies(predicted, labels)
     test_accuracy, test_lowest = accuracies(test_predicted, test_labels)
+    some = known_features[:: -(-len(known_features) // len(features))]  # of each class, at most as many
     figures = {
         "classifier": [frechet(features, test_features), frechet(known_features, test_features)],
+        "precision": [covered(features, test_features), covered(some, test_features)],
+        "recall": [covered(test_features, features), covered(test_features, some)],
         "conditional_accuracy": [accuracy, test_accuracy],
         "lowest_class_accuracy": [lowest, test_lowest],
     }

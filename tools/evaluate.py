@@ -20,6 +20,8 @@ on the count. "Small" is 16x16 pixels by averaging, 14x14 where images are 28x28
 Where images lie in folders by class, a small classifier, trained once on nine tenths of them (on all, where
 there are such others) and kept beside the decoded images, judges --read generated ones:
 - classifier: Frechet distance of its features to those of test images, in brackets of images it knows.
+- precision: share of images whose features are among those of test images; recall: share of test images
+  whose features are among theirs (Kynkaanniemi et al. 2019, with 3 neighbours; they take VGG-16's features).
 - conditional_accuracy: share that it gives the class asked for, in brackets of test images that it gives
   theirs; lowest_class_accuracy: the same of the class where it is lowest.
 - share of each class; one below a tenth of that in brackets has vanished.
