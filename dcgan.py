@@ -738,9 +738,8 @@ class Captured:
 
 
 @contextlib.contextmanager
-def signals_noted():
-    """Note Ctrl-C, SIGTERM and a closed terminal in a list that it gives, instead of ending the process."""
-    caught = []
+def signals_noted(caught):
+    """Append Ctrl-C, SIGTERM and a closed terminal to the list `caught`, instead of ending the process."""
     handlers = {}
     kinds = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # by nohup
@@ -749,7 +748,7 @@ def signals_noted():
         for kind in kinds:
             handlers[kind] = signal.signal(kind, lambda number, frame: caught.append(number))
     try:
-        yield caught
+        yield
     finally:
         for kind, handler in handlers.items():  # a notebook goes on
             signal.signal(kind, handler)
@@ -758,7 +757,9 @@ def signals_noted():
 @contextlib.contextmanager
 def logger(args, step):
     """Give a function of (metrics, step) that sends them to --logger, in a resumed run to the same place."""
-    if args.logger == "wandb":
+    if RANK > 0:  # the first process writes
+        yield
+    elif args.logger == "wandb":
         import wandb
 
         run = wandb.init(project=SCRIPT, id=args.wandb_id, resume="allow", dir=args.out, config=vars(args))
@@ -832,14 +833,18 @@ def last_step(args, steps_per_epoch):
     return min([end for end in ends if end], default=max(20 * steps_per_epoch, 5000))
 
 
-def training_steps(nets, args, arrays, step, last):
-    """Train from `step` to step `last`; yield (step, metrics) after each."""
+def training_steps(nets, args, arrays, step, last, ends_at, caught):
+    """Train from `step` to step `last`, to a time or to a signal; yield (step, metrics, whether it ends).
+
+    Of several processes, which take the same steps, it yields to the first alone: that one writes.
+    """
     source = batches(arrays, args, nets.device, step)
     run_step = functools.partial(iterate, nets, args)
     if nets.device.type == "cuda":
         run_step = Captured(run_step)
     rng = torch.default_generator if nets.device.type == "cpu" else torch  # which seeds the GPUs too
-    while step < last:
+    stop = step >= last
+    while not stop:
         step += 1
         # random numbers follow from --seed and the step, so that a resumed run has the same
         rng.manual_seed((args.seed * 1_000_003 + step) % 2**63)
@@ -847,8 +852,11 @@ def training_steps(nets, args, arrays, step, last):
         batch = next(source)
         nets.whole = False  # an error in a step leaves the networks half updated
         metrics = run_step(torch.full((), step, device=nets.device), z, *batch)
+        stop = step == last or bool(caught) or time.monotonic() > ends_at
+        metrics, stop = agree(metrics, stop, step, last)
         nets.whole = True
-        yield step, metrics
+        if RANK == 0:
+            yield step, metrics, stop
 
 
 def finite(metrics):
@@ -955,14 +963,14 @@ def train(args, saved):
     last = last_step(args, steps_per_epoch)
     fixed_z = draw_z(args, GRID**2)
     step = start
-    bar = tqdm(training_steps(nets, args, arrays, start, last), SCRIPT, last, initial=start)
-    with logger(args, start) as log, signals_noted() as caught, bar:
+    caught = []
+    steps = training_steps(nets, args, arrays, start, last, ends_at, caught)
+    bar = tqdm(steps, SCRIPT, last, initial=start, disable=RANK > 0)
+    with logger(args, start) as log, signals_noted(caught), bar:
         try:
-            for step, metrics in bar:
+            for step, metrics, stop in bar:
                 epoch = math.ceil(step / steps_per_epoch)
                 now = time.monotonic()
-                stop = step == last or bool(caught) or now > ends_at
-                metrics, stop = agree(metrics, stop, step, last)
                 log_now = stop or step % LOG_EVERY == 0
                 draw_now = stop or step % sample_every == 0
                 keep_now = args.keep_every and step % (args.keep_every * steps_per_epoch) == 0
@@ -992,8 +1000,6 @@ def train(args, saved):
                     saved_at = now
                 if keep_now:
                     save_torch(out / f"models_{epoch:04d}.pth", models_of(args, nets))
-                if stop:
-                    break
         except BaseException:  # a mistake in a changed script, a closed terminal: save what is whole
             if step > start and nets.whole and finite(metrics):
                 with contextlib.suppress(Exception):
@@ -1001,18 +1007,8 @@ def train(args, saved):
                 with contextlib.suppress(SystemExit):  # where the disk is full
                     save(args, nets, step, rows)
             raise
-    finish(args, start, step, last, caught)
-
-
-def train_along(args, saved):
-    """What the processes after the first do: the same steps, and nothing else."""
-    arrays, nets, start, _ = set_up(args, saved)
-    last = last_step(args, len(arrays[0]) // args.batch_size)
-    with signals_noted() as caught:
-        for step, metrics in training_steps(nets, args, arrays, start, last):
-            metrics, stop = agree(metrics, bool(caught), step, last)
-            if stop:
-                break
+    if RANK == 0:
+        finish(args, start, step, last, caught)
 
 
 def finish(args, start, step, last, caught):
@@ -1173,7 +1169,7 @@ def main(argv=None):
             with held(args, saved):
                 train(args, saved)
         else:
-            train_along(args, saved)
+            train(args, saved)
     except torch.cuda.OutOfMemoryError as error:
         line = f"error: {error} (see --batch-size, --width, --device cpu)".replace("\n", " ")
     except KeyboardInterrupt:
