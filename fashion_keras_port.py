@@ -750,26 +750,23 @@ def generate(args, saved):
     print(f"{args.generate} images: {path}")
 
 
-def draw_curves(out, rows):
+def draw_curves(out, columns, table):
     """Draw losses.png, scores.png and, of each other metric, NAME.png, where matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    charts = {}
-    for name in columns_of(rows)[4:]:
+    figures = {}
+    for name, values in zip(columns[4:], table.T[4:]):  # after step, epoch, seconds and images
         chart = "losses" if name.startswith("loss_") else "scores" if name.startswith("d_") else name
-        charts.setdefault(chart, []).append(name)
-    for chart, members in charts.items():
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
-        axes = figure.subplots()
+        figure = figures.setdefault(chart, Figure(figsize=(8, 4.5), layout="constrained"))
+        steps, values = table[np.isfinite(values), 0], values[np.isfinite(values)]
+        means = [values[max(0, end - SMOOTH) : end].mean() for end in range(1, len(values) + 1)]
+        axes = figure.gca()
         axes.set(title=f"{SCRIPT}: {chart}", xlabel="step")
-        for name in members:
-            points = [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
-            steps, values = np.array(points).reshape(-1, 2).T
-            means = [values[max(0, end - SMOOTH) : end].mean() for end in range(1, len(values) + 1)]
-            axes.plot(steps, means, label=name)
+        axes.plot(steps, means, label=name)
         axes.legend()
+    for chart, figure in figures.items():
         with replacing(out / f"{chart}.png") as part:
             figure.savefig(part)
 
@@ -1014,19 +1011,15 @@ def logger(args, step):
         yield lambda metrics, step: None
 
 
-def columns_of(rows):
-    """The names of all that any row has; the metrics are those after step, epoch, seconds and images."""
-    return list(dict.fromkeys(name for row in rows for name in row))
-
-
 def save_metrics(out, rows):
-    """metrics.csv, a row each LOG_EVERY steps."""
+    """metrics.csv, a row each LOG_EVERY steps, and its curves."""
     if not rows:
         return
-    columns = columns_of(rows)
-    table = [[row.get(name, math.nan) for name in columns] for row in rows]
+    columns = list(dict.fromkeys(name for row in rows for name in row))  # all that any row has
+    table = np.array([[row.get(name, math.nan) for name in columns] for row in rows])
     with replacing(out / "metrics.csv") as part:
         np.savetxt(part, table, "%.10g", ",", header=",".join(columns), comments="")
+    draw_curves(out, columns, table)
 
 
 def save_torch(path, content):
@@ -1053,10 +1046,9 @@ def save(args, nets, step, rows):
         save_torch(out / "checkpoint.pt", checkpoint)
     with replacing(out / "config.json") as part:
         part.write_text(json.dumps(vars(args), indent=2))
-    save_metrics(out, rows)
     save_torch(out / "models.pth", models)
     try:
-        draw_curves(out, rows)
+        save_metrics(out, rows)
     finally:  # last, so that a kill leaves none of the others older; whatever the curves raise
         save_torch(out / "checkpoint.pt", checkpoint)
 
@@ -1102,7 +1094,6 @@ def check_finite(metrics, args, step, rows):
     """End with one line, after the metrics are saved, if a loss is not finite."""
     if not finite(metrics):
         save_metrics(Path(args.out), rows)
-        draw_curves(Path(args.out), rows)
         fail(
             f"no finite loss at step {step}: try a lower --lr or --precision fp32, resumed or in a new --out"
         )
