@@ -231,7 +231,7 @@ def draw_z(args, count):
 # --- shared: data ---
 def fail(message):
     """End with one line, which main() prints: for what can be put right without changing the code."""
-    raise SystemExit("error: " + " ".join(str(message).split("\n")))
+    raise SystemExit(f"error: {message}".replace("\n", " "))
 
 
 def nfc(text):
@@ -889,7 +889,7 @@ def held(args, saved):
         files = run_files(out)
         if files and not (saved and saved["path"].parent.samefile(out)):
             fail(f"{out} holds a run ({', '.join(files)}): take another --out, or --resume its checkpoint.pt")
-        if saved and saved["path"].stat().st_mtime_ns != saved["changed"]:
+        if saved and load_checkpoint(saved["path"]).get("step") != saved.get("step"):
             fail(
                 f"another process went on with {saved['path']} meanwhile: the same command goes on from there"
             )
@@ -1041,7 +1041,6 @@ def flag_defaults(args):
 # --- shared: command line ---
 def load_checkpoint(path):
     """A checkpoint.pt or models.pth of this script, on the CPU; no code in it is run."""
-    changed = path.exists() and path.stat().st_mtime_ns
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         saved["config"] = {RENAMED.get(name, name): value for name, value in saved["config"].items()}
@@ -1054,7 +1053,7 @@ def load_checkpoint(path):
             f"{path} is no checkpoint of {SCRIPT}.py: {error}; "
             f"of a run its folder has {run_files(path.parent) or 'nothing'}"
         )
-    saved.update(path=path, changed=changed)
+    saved["path"] = path
     return saved
 
 
@@ -1137,9 +1136,9 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.logger and not args.generate and not importlib.util.find_spec(args.logger):
         fail(f"--logger {args.logger}: pip install {args.logger}")
-    for name in FIXED if saved else ():
-        kept = saved["config"].get(name, getattr(args, name))
-        if getattr(args, name) != kept:
+    for name in FIXED:
+        kept = parser.get_default(name)
+        if saved and getattr(args, name) != kept:
             fail(f"{path} was begun with --{name.replace('_', '-')} {kept}, which cannot be changed")
     return args, saved
 
@@ -1153,26 +1152,24 @@ def main(argv=None):
     if RANK > 0:
         sys.stdout = None  # the first process speaks for all
     try:
-        args, saved = parse(argv)
-        if args.generate:
-            generate(args, saved)
-        elif RANK == 0:
-            with held(args, saved):
+        try:
+            args, saved = parse(argv)
+            if args.generate:
+                generate(args, saved)
+            elif RANK == 0:
+                with held(args, saved):
+                    train(args, saved)
+            else:
                 train(args, saved)
-        else:
-            train(args, saved)
-    except torch.cuda.OutOfMemoryError as error:
-        line = f"error: {error} (see --batch-size, --width, --device cpu)".replace("\n", " ")
-    except KeyboardInterrupt:
-        line = "error: interrupted (KeyboardInterrupt)"
+        except torch.cuda.OutOfMemoryError as error:
+            fail(f"{error} (see --batch-size, --width, --device cpu)")
+        except KeyboardInterrupt:
+            fail("interrupted (KeyboardInterrupt)")
     except SystemExit as end:
-        if not isinstance(end.code, str):
-            raise
-        line = end.code
-    else:
-        return
-    print(line, file=sys.stderr)
-    raise SystemExit(2)
+        if isinstance(end.code, str):  # by fail()
+            print(end.code, file=sys.stderr)
+            end.code = 2
+        raise
 
 
 if __name__ == "__main__":
