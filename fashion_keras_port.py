@@ -526,7 +526,8 @@ def find_images(data, root):
     if data in ("synthetic", "celeba", *NAMED_SETS) and data in os.listdir() and not of_root:
         fail(f"--data {data} is a set and, here, a folder: ./{data} is the folder; for the set, rename it")
     if data == "synthetic":
-        return {name: (None, functools.partial(draw_image, i)) for i, name in enumerate(SYNTHETIC)}
+        code = source_of(draw_image)
+        return {name: (code, functools.partial(draw_image, i)) for i, name in enumerate(SYNTHETIC)}
     if data in NAMED_SETS:
         dataset = download(getattr(torchvision.datasets, NAMED_SETS[data]), root)
         folders = classes_of_set(data)
@@ -541,7 +542,7 @@ def find_images(data, root):
         while name in found:
             name += " again"
             opener = "a file before it has the same name"
-        if not name.endswith("/"):
+        if not name.endswith("/") and "/." not in f"/{name}" and "__MACOSX" not in name:
             found[name] = stamp, opener
     return found
 
@@ -631,11 +632,10 @@ def source_of(*functions):
 
 
 def names_of(found):
-    """The names, in order, of what find_images() gives, without what is hidden and what is in run folders."""
+    """The names, in order, of what find_images() gives, without what is in run folders."""
     runs = [name.removesuffix("metrics.csv") for name in found if name.endswith("metrics.csv")]
     runs = tuple(folder for folder in runs if f"{folder}config.json" in found)
-    names = [name for name in found if "/." not in f"/{name}" and "__MACOSX" not in name]
-    return sorted(name for name in names if not name.startswith(runs))
+    return sorted(name for name in found if not name.startswith(runs))
 
 
 def load_pack(args):
@@ -651,10 +651,7 @@ def load_pack(args):
     if args.classes:
         names = [name for name in names if set(name.split("/")[:-1]) & set(args.classes)]
 
-    makers = [open_image, square, pack_images]
-    if args.data == "synthetic":
-        makers.append(draw_image)
-    code = source_of(*makers)  # it decides the pixels
+    code = source_of(open_image, square, pack_images)  # it decides the pixels
     key = zlib.crc32(repr([args.channels, [(name, found[name][0]) for name in names], code]).encode())
     path = Path(args.root, ".packed", f"{Path(args.data).resolve().stem}-{args.size}-{key:08x}.npy")
     if not path.exists():
@@ -664,14 +661,14 @@ def load_pack(args):
     left_out = report["left_out"]
     if left_out:
         print(f"left out, see {report_path}: {dict(Counter(Path(name).suffix.lower() for name in left_out))}")
-        if len(left_out) == len(names):
-            reason = f"as {names[0]}: {left_out[names[0]]} (--data takes the images themselves, or one .zip)"
-            fail(f"--data {args.data}: 0 images in {len(names)} files, {reason}")
+    kept = [name for name in names if name not in left_out]
+    if not kept:
+        reason = f"as {names[0]}: {left_out[names[0]]} (--data takes the images themselves, or one .zip)"
+        fail(f"--data {args.data}: 0 images in {len(names)} files, {reason}")
     if report["odd"]:
         print(f"{len(report['odd'])} images are long and mostly cropped, or small: see {report_path}")
-    names = [name for name in names if name not in left_out]
-    args.image_set = f"{zlib.crc32(repr(names).encode(), report['crc']):08x}"
-    return np.load(path, mmap_mode="c")[: len(names)], names
+    args.image_set = f"{zlib.crc32(repr(kept).encode(), report['crc']):08x}"
+    return np.load(path, mmap_mode="c")[: len(kept)], kept
 
 
 def batches(arrays, args, device, step):
@@ -850,9 +847,7 @@ def make_training(args, device, precision, saved):
         torch.cuda.set_stream(torch.cuda.Stream())  # a graph cannot be captured on the default one
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
-    G, D = make_networks(args)
-    G = G.to(device, memory_format=torch.channels_last)
-    D = D.to(device, memory_format=torch.channels_last)
+    G, D = nn.ModuleList(make_networks(args)).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(G).eval().requires_grad_(False)
     options = {"betas": args.betas, "fused": device.type != "mps", "capturable": device.type == "cuda"}
     opt_g = Optimiser(G.parameters(), args.lr, **options)
@@ -1068,12 +1063,11 @@ def training_steps(nets, args, arrays, step, last, ends_at, caught):
     run_step = functools.partial(iterate, nets, args)
     if nets.device.type == "cuda":
         run_step = Captured(run_step)
-    rng = torch.default_generator if nets.device.type == "cpu" else torch  # which seeds the GPUs too
     stop = step >= last
     while not stop:
         step += 1
         # random numbers follow from --seed and the step, so that a resumed run has the same
-        rng.manual_seed((args.seed * 1_000_003 + step) % 2**63)
+        torch.manual_seed((args.seed * 1_000_003 + step) % 2**63)
         z = torch.randn(args.batch_size, Z_DIM, device=nets.device)[PART]
         batch = next(source)
         nets.whole = False  # an error in a step leaves the networks half updated
