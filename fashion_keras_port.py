@@ -730,10 +730,8 @@ def generate(args, saved):
     z = draw_z(args, args.generate)
     images = sample(generator, z)
     arrays = {"images": images.permute(0, 2, 3, 1).squeeze(3).numpy()}  # N,H,W,3 or, grey, N,H,W
-    folders = [""] * args.generate
     if z.shape[1] > Z_DIM:  # one-hot labels before the noise: the script has classes
         arrays["labels"] = z[:, :-Z_DIM].argmax(1).numpy()
-        folders = [args.class_names[label] for label in arrays["labels"]]
     if suffix == ".npz":
         with replacing(path) as part, open(part, "wb") as file:
             np.savez(file, **arrays)
@@ -742,7 +740,8 @@ def generate(args, saved):
             save_image(images / 255, part, nrow=math.ceil(args.generate**0.5))
     else:  # a folder, with one in it for each class, as --data takes them
         for i, pixels in enumerate(arrays["images"]):
-            with replacing(path / folders[i] / f"{i:06d}.png") as part:
+            folder = args.class_names[arrays["labels"][i]] if "labels" in arrays else ""
+            with replacing(path / folder / f"{i:06d}.png") as part:
                 Image.fromarray(pixels).save(part)
     print(f"{args.generate} images: {path}")
 
@@ -1164,8 +1163,8 @@ def set_up(args, saved):
     for file in Path(args.out).glob("samples/epoch_*[0-9].png"):
         if epoch_of(file) > epoch:  # by a process that was killed: it is drawn again
             file.unlink(missing_ok=True)
-    print("; ".join(f"{name} {value}" for name, value in args.used.items()), end="")
-    print(f"; into {args.out} from step {step}", flush=True)
+    used = "; ".join(f"{name} {value}" for name, value in args.used.items())
+    print(f"{used}; into {args.out} from step {step}", flush=True)
     return arrays, nets, step, saved["rows"] if saved else []
 
 
