@@ -462,14 +462,6 @@ def open_image(opener, size):
     return Image.fromarray(values)
 
 
-def brightest(opener):
-    """The highest value of an image of more than 8 bits; 0 of others, and of what cannot be read."""
-    with contextlib.suppress(Exception), opener() as image:
-        if image.mode[0] in "IF":
-            return open_image(opener, size=1).getextrema()[1]
-    return 0
-
-
 def square(image, size, channels):
     """An image as uint8 size,size,channels: its middle or, if parts are transparent, all of it on white."""
     if image.mode == "RGBA" and image.getextrema()[3][0] < 255:
@@ -484,8 +476,9 @@ def pack_images(path, openers, args):
 
     These are the images left out, with the reasons, and odd ones with their sizes; and the pixels' checksum.
     """
-    report = {"left_out": {}, "odd": {}, "crc": 0}
-    white = 255
+    peaks = []  # of images of more than 8 bits
+    white = None
+    fitting = WHITES[-1]
 
     def decode(name):
         try:
@@ -498,24 +491,25 @@ def pack_images(path, openers, args):
         if max(image.size) >= CROPPED * min(image.size) or args.size >= ENLARGED * min(image.size):
             report["odd"][name] = image.size
         if image.mode == "F":
+            peaks.append(image.getextrema()[1])
             image = Image.fromarray(np.uint8(np.asarray(image) * 255.0 / white))
         return square(image, args.size, args.channels).tobytes()
 
     shape = len(openers), args.size, args.size, args.channels
     with replacing(path) as part:
-        with open(part, "wb") as file, ThreadPoolExecutor() as threads:
-            if args.data != "synthetic":
-                peaks = threads.map(brightest, openers.values())
-                peak = max(tqdm(peaks, "opening", len(openers), unit="img"))
-                white = next(value for value in WHITES if value >= peak)
-            np.lib.format.write_array_header_1_0(
-                file, {"descr": "|u1", "fortran_order": False, "shape": shape}
-            )
-            end = file.tell() + math.prod(shape)
-            for pixels in tqdm(threads.map(decode, openers), "packing", len(openers), unit="img"):
-                file.write(pixels)
-                report["crc"] = zlib.crc32(pixels, report["crc"])
-            file.truncate(end)  # images left out leave as many empty rows at the end
+        while white != fitting:  # all are decoded once more if another white fits their peaks
+            white = fitting
+            report = {"left_out": {}, "odd": {}, "crc": 0}
+            with open(part, "wb") as file, ThreadPoolExecutor() as threads:
+                np.lib.format.write_array_header_1_0(
+                    file, {"descr": "|u1", "fortran_order": False, "shape": shape}
+                )
+                end = file.tell() + math.prod(shape)
+                for pixels in tqdm(threads.map(decode, openers), "packing", len(openers), unit="img"):
+                    file.write(pixels)
+                    report["crc"] = zlib.crc32(pixels, report["crc"])
+                file.truncate(end)  # images left out leave as many empty rows at the end
+            fitting = next(value for value in WHITES if value >= max(peaks, default=white))
         with replacing(path.with_suffix(".json")) as report_part:
             report_part.write_text(json.dumps(report, indent=1))
 
