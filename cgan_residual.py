@@ -721,7 +721,7 @@ def agree(metrics, stop, step, last):
         return metrics, stop
     if step % LOG_EVERY and step < last:
         return metrics, False
-    values = torch.tensor([float(stop), *map(float, metrics.values())], dtype=torch.float64)
+    values = torch.tensor([stop, *metrics.values()], dtype=torch.float64)
     torch.distributed.all_reduce(values)
     stops, *means = (values / RANKS).tolist()
     metrics = dict(zip(metrics, means))
@@ -1115,11 +1115,6 @@ def amount(text):
     return float(text)
 
 
-def seed(text):
-    """Any whole number on the command line, as random generators take it."""
-    return int(text) % 2**63
-
-
 def fraction(text):
     """A number on the command line, 0 or more and less than 1."""
     if not 0 <= float(text) < 1:
@@ -1149,7 +1144,7 @@ def parse(argv):
     add("--betas", type=fraction, nargs=2, help="Adam's (%(default)s)")
     add("--ema", type=fraction, help="highest decay of the generator's average; 0: none (%(default)s)")
     add("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images (%(default)s)")
-    add("--seed", type=seed, default=0, help="of all that is drawn by chance (%(default)s)")
+    add("--seed", type=int, default=0, help="of all that is drawn by chance (%(default)s)")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="(%(default)s)")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="(%(default)s)")
     add("--no-fused", action="store_true", help="PyTorch's operations even where gan_ops is installed")
@@ -1178,6 +1173,7 @@ def parse(argv):
         fail("--checkpoint is for --generate and --resume")
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
+    args.seed %= 2**63  # as random generators take it
     if args.logger and not args.generate and not importlib.util.find_spec(args.logger):
         fail(f"--logger {args.logger}: pip install {args.logger}")
     for name in FIXED:
