@@ -297,7 +297,7 @@ def chosen_labels(args, count):
 # --- shared: data ---
 def fail(message):
     """End with one line, which main() prints: for what can be put right without changing the code."""
-    raise SystemExit("error: " + " ".join(str(message).split("\n")))
+    raise SystemExit(f"error: {message}".replace("\n", " "))
 
 
 def nfc(text):
@@ -358,7 +358,8 @@ def find_images(data, root):
     if data in ("synthetic", "celeba", *NAMED_SETS) and data in os.listdir() and not of_root:
         fail(f"--data {data} is a set and, here, a folder: ./{data} is the folder; for the set, rename it")
     if data == "synthetic":
-        return {name: (None, functools.partial(draw_image, i)) for i, name in enumerate(SYNTHETIC)}
+        code = source_of(draw_image)
+        return {name: (code, functools.partial(draw_image, i)) for i, name in enumerate(SYNTHETIC)}
     if data in NAMED_SETS:
         dataset = download(getattr(torchvision.datasets, NAMED_SETS[data]), root)
         folders = classes_of_set(data)
@@ -373,7 +374,7 @@ def find_images(data, root):
         while name in found:
             name += " again"
             opener = "a file before it has the same name"
-        if not name.endswith("/"):
+        if not name.endswith("/") and "/." not in f"/{name}" and "__MACOSX" not in name:
             found[name] = stamp, opener
     return found
 
@@ -398,14 +399,6 @@ def open_image(opener, size):
     return Image.fromarray(values)
 
 
-def brightest(opener):
-    """The highest value of an image of more than 8 bits; 0 of others, and of what cannot be read."""
-    with contextlib.suppress(Exception), opener() as image:
-        if image.mode[0] in "IF":
-            return open_image(opener, size=1).getextrema()[1]
-    return 0
-
-
 def square(image, size, channels):
     """An image as uint8 size,size,channels: its middle or, if parts are transparent, all of it on white."""
     if image.mode == "RGBA" and image.getextrema()[3][0] < 255:
@@ -420,8 +413,9 @@ def pack_images(path, openers, args):
 
     These are the images left out, with the reasons, and odd ones with their sizes; and the pixels' checksum.
     """
-    report = {"left_out": {}, "odd": {}, "crc": 0}
-    white = 255
+    peaks = []  # of images of more than 8 bits
+    white = None
+    fitting = WHITES[-1]
 
     def decode(name):
         try:
@@ -436,24 +430,25 @@ def pack_images(path, openers, args):
         if max(image.size) >= CROPPED * min(image.size) or args.size >= ENLARGED * min(image.size):
             report["odd"][name] = image.size
         if image.mode == "F":
+            peaks.append(image.getextrema()[1])
             image = Image.fromarray(np.uint8(np.asarray(image) * 255.0 / white))
         return square(image, args.size, args.channels).tobytes()
 
     shape = len(openers), args.size, args.size, args.channels
     with replacing(path) as part:
-        with open(part, "wb") as file, ThreadPoolExecutor() as threads:
-            if args.data != "synthetic":
-                peaks = threads.map(brightest, openers.values())
-                peak = max(tqdm(peaks, "opening", len(openers), unit="img"))
-                white = next(value for value in WHITES if value >= peak)
-            np.lib.format.write_array_header_1_0(
-                file, {"descr": "|u1", "fortran_order": False, "shape": shape}
-            )
-            end = file.tell() + math.prod(shape)
-            for pixels in tqdm(threads.map(decode, openers), "packing", len(openers), unit="img"):
-                file.write(pixels)
-                report["crc"] = zlib.crc32(pixels, report["crc"])
-            file.truncate(end)  # images left out leave as many empty rows at the end
+        while white != fitting:  # all are decoded once more if another white fits their peaks
+            white = fitting
+            report = {"left_out": {}, "odd": {}, "crc": 0}
+            with open(part, "wb") as file, ThreadPoolExecutor() as threads:
+                np.lib.format.write_array_header_1_0(
+                    file, {"descr": "|u1", "fortran_order": False, "shape": shape}
+                )
+                end = file.tell() + math.prod(shape)
+                for pixels in tqdm(threads.map(decode, openers), "packing", len(openers), unit="img"):
+                    file.write(pixels)
+                    report["crc"] = zlib.crc32(pixels, report["crc"])
+                file.truncate(end)  # images left out leave as many empty rows at the end
+            fitting = next(value for value in WHITES if value >= max(peaks, default=white))
         with replacing(path.with_suffix(".json")) as report_part:
             report_part.write_text(json.dumps(report, indent=1))
 
@@ -465,11 +460,10 @@ def source_of(*functions):
 
 
 def names_of(found):
-    """The names, in order, of what find_images() gives, without what is hidden and what is in run folders."""
+    """The names, in order, of what find_images() gives, without what is in run folders."""
     runs = [name.removesuffix("metrics.csv") for name in found if name.endswith("metrics.csv")]
     runs = tuple(folder for folder in runs if f"{folder}config.json" in found)
-    names = [name for name in found if "/." not in f"/{name}" and "__MACOSX" not in name]
-    return sorted(name for name in names if not name.startswith(runs))
+    return sorted(name for name in found if not name.startswith(runs))
 
 
 def load_pack(args):
@@ -485,10 +479,7 @@ def load_pack(args):
     if args.classes:
         names = [name for name in names if set(name.split("/")[:-1]) & set(args.classes)]
 
-    makers = [open_image, square, pack_images]
-    if args.data == "synthetic":
-        makers.append(draw_image)
-    code = source_of(*makers)  # it decides the pixels
+    code = source_of(open_image, square, pack_images)  # it decides the pixels
     key = zlib.crc32(repr([args.channels, [(name, found[name][0]) for name in names], code]).encode())
     path = Path(args.root, ".packed", f"{Path(args.data).resolve().stem}-{args.size}-{key:08x}.npy")
     if not path.exists():
@@ -498,14 +489,14 @@ def load_pack(args):
     left_out = report["left_out"]
     if left_out:
         print(f"left out, see {report_path}: {dict(Counter(Path(name).suffix.lower() for name in left_out))}")
-        if len(left_out) == len(names):
-            reason = f"as {names[0]}: {left_out[names[0]]} (--data takes the images themselves, or one .zip)"
-            fail(f"--data {args.data}: 0 images in {len(names)} files, {reason}")
+    kept = [name for name in names if name not in left_out]
+    if not kept:
+        reason = f"as {names[0]}: {left_out[names[0]]} (--data takes the images themselves, or one .zip)"
+        fail(f"--data {args.data}: 0 images in {len(names)} files, {reason}")
     if report["odd"]:
         print(f"{len(report['odd'])} images are long and mostly cropped, or small: see {report_path}")
-    names = [name for name in names if name not in left_out]
-    args.image_set = f"{zlib.crc32(repr(names).encode(), report['crc']):08x}"
-    return np.load(path, mmap_mode="c")[: len(names)], names
+    args.image_set = f"{zlib.crc32(repr(kept).encode(), report['crc']):08x}"
+    return np.load(path, mmap_mode="c")[: len(kept)], kept
 
 
 def batches(arrays, args, device, step):
@@ -567,10 +558,8 @@ def generate(args, saved):
     z = draw_z(args, args.generate)
     images = sample(generator, z)
     arrays = {"images": images.permute(0, 2, 3, 1).squeeze(3).numpy()}  # N,H,W,3 or, grey, N,H,W
-    folders = [""] * args.generate
     if z.shape[1] > Z_DIM:  # one-hot labels before the noise: the script has classes
         arrays["labels"] = z[:, :-Z_DIM].argmax(1).numpy()
-        folders = [args.class_names[label] for label in arrays["labels"]]
     if suffix == ".npz":
         with replacing(path) as part, open(part, "wb") as file:
             np.savez(file, **arrays)
@@ -579,31 +568,29 @@ def generate(args, saved):
             save_image(images / 255, part, nrow=math.ceil(args.generate**0.5))
     else:  # a folder, with one in it for each class, as --data takes them
         for i, pixels in enumerate(arrays["images"]):
-            with replacing(path / folders[i] / f"{i:06d}.png") as part:
+            folder = args.class_names[arrays["labels"][i]] if "labels" in arrays else ""
+            with replacing(path / folder / f"{i:06d}.png") as part:
                 Image.fromarray(pixels).save(part)
     print(f"{args.generate} images: {path}")
 
 
-def draw_curves(out, rows):
+def draw_curves(out, columns, table):
     """Draw losses.png, scores.png and, of each other metric, NAME.png, where matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    charts = {}
-    for name in columns_of(rows)[4:]:
+    figures = {}
+    for name, values in zip(columns[4:], table.T[4:]):  # after step, epoch, seconds and images
         chart = "losses" if name.startswith("loss_") else "scores" if name.startswith("d_") else name
-        charts.setdefault(chart, []).append(name)
-    for chart, members in charts.items():
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
-        axes = figure.subplots()
+        figure = figures.setdefault(chart, Figure(figsize=(8, 4.5), layout="constrained"))
+        steps, values = table[np.isfinite(values), 0], values[np.isfinite(values)]
+        means = [values[max(0, end - SMOOTH) : end].mean() for end in range(1, len(values) + 1)]
+        axes = figure.gca()
         axes.set(title=f"{SCRIPT}: {chart}", xlabel="step")
-        for name in members:
-            points = [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
-            steps, values = np.array(points).reshape(-1, 2).T
-            means = [values[max(0, end - SMOOTH) : end].mean() for end in range(1, len(values) + 1)]
-            axes.plot(steps, means, label=name)
+        axes.plot(steps, means, label=name)
         axes.legend()
+    for chart, figure in figures.items():
         with replacing(out / f"{chart}.png") as part:
             figure.savefig(part)
 
@@ -687,9 +674,7 @@ def make_training(args, device, precision, saved):
         torch.cuda.set_stream(torch.cuda.Stream())  # a graph cannot be captured on the default one
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
-    G, D = make_networks(args)
-    G = G.to(device, memory_format=torch.channels_last)
-    D = D.to(device, memory_format=torch.channels_last)
+    G, D = nn.ModuleList(make_networks(args)).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(G).eval().requires_grad_(False)
     options = {"betas": args.betas, "fused": device.type != "mps", "capturable": device.type == "cuda"}
     opt_g = Optimiser(G.parameters(), args.lr, **options)
@@ -744,7 +729,7 @@ def agree(metrics, stop, step, last):
         return metrics, stop
     if step % LOG_EVERY and step < last:
         return metrics, False
-    values = torch.tensor([float(stop), *map(float, metrics.values())], dtype=torch.float64)
+    values = torch.tensor([stop, *metrics.values()], dtype=torch.float64)
     torch.distributed.all_reduce(values)
     stops, *means = (values / RANKS).tolist()
     metrics = dict(zip(metrics, means))
@@ -806,9 +791,8 @@ class Captured:
 
 
 @contextlib.contextmanager
-def signals_noted():
-    """Note Ctrl-C, SIGTERM and a closed terminal in a list that it gives, instead of ending the process."""
-    caught = []
+def signals_noted(caught):
+    """Append Ctrl-C, SIGTERM and a closed terminal to the list `caught`, instead of ending the process."""
     handlers = {}
     kinds = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # by nohup
@@ -817,7 +801,7 @@ def signals_noted():
         for kind in kinds:
             handlers[kind] = signal.signal(kind, lambda number, frame: caught.append(number))
     try:
-        yield caught
+        yield
     finally:
         for kind, handler in handlers.items():  # a notebook goes on
             signal.signal(kind, handler)
@@ -826,7 +810,9 @@ def signals_noted():
 @contextlib.contextmanager
 def logger(args, step):
     """Give a function of (metrics, step) that sends them to --logger, in a resumed run to the same place."""
-    if args.logger == "wandb":
+    if RANK > 0:  # the first process writes
+        yield
+    elif args.logger == "wandb":
         import wandb
 
         run = wandb.init(project=SCRIPT, id=args.wandb_id, resume="allow", dir=args.out, config=vars(args))
@@ -847,19 +833,15 @@ def logger(args, step):
         yield lambda metrics, step: None
 
 
-def columns_of(rows):
-    """The names of all that any row has; the metrics are those after step, epoch, seconds and images."""
-    return list(dict.fromkeys(name for row in rows for name in row))
-
-
 def save_metrics(out, rows):
-    """metrics.csv, a row each LOG_EVERY steps."""
+    """metrics.csv, a row each LOG_EVERY steps, and its curves."""
     if not rows:
         return
-    columns = columns_of(rows)
-    table = [[row.get(name, math.nan) for name in columns] for row in rows]
+    columns = list(dict.fromkeys(name for row in rows for name in row))  # all that any row has
+    table = np.array([[row.get(name, math.nan) for name in columns] for row in rows])
     with replacing(out / "metrics.csv") as part:
         np.savetxt(part, table, "%.10g", ",", header=",".join(columns), comments="")
+    draw_curves(out, columns, table)
 
 
 def save_torch(path, content):
@@ -886,10 +868,9 @@ def save(args, nets, step, rows):
         save_torch(out / "checkpoint.pt", checkpoint)
     with replacing(out / "config.json") as part:
         part.write_text(json.dumps(vars(args), indent=2))
-    save_metrics(out, rows)
     save_torch(out / "models.pth", models)
     try:
-        draw_curves(out, rows)
+        save_metrics(out, rows)
     finally:  # last, so that a kill leaves none of the others older; whatever the curves raise
         save_torch(out / "checkpoint.pt", checkpoint)
 
@@ -900,23 +881,29 @@ def last_step(args, steps_per_epoch):
     return min([end for end in ends if end], default=max(20 * steps_per_epoch, 5000))
 
 
-def training_steps(nets, args, arrays, step, last):
-    """Train from `step` to step `last`; yield (step, metrics) after each."""
+def training_steps(nets, args, arrays, step, last, ends_at, caught):
+    """Train from `step` to step `last`, to a time or to a signal; yield (step, metrics, whether it ends).
+
+    Of several processes, which take the same steps, it yields to the first alone: that one writes.
+    """
     source = batches(arrays, args, nets.device, step)
     run_step = functools.partial(iterate, nets, args)
     if nets.device.type == "cuda":
         run_step = Captured(run_step)
-    rng = torch.default_generator if nets.device.type == "cpu" else torch  # which seeds the GPUs too
-    while step < last:
+    stop = step >= last
+    while not stop:
         step += 1
         # random numbers follow from --seed and the step, so that a resumed run has the same
-        rng.manual_seed((args.seed * 1_000_003 + step) % 2**63)
+        torch.manual_seed((args.seed * 1_000_003 + step) % 2**63)
         z = torch.randn(args.batch_size, Z_DIM, device=nets.device)[PART]
         batch = next(source)
         nets.whole = False  # an error in a step leaves the networks half updated
         metrics = run_step(torch.full((), step, device=nets.device), z, *batch)
+        stop = step == last or bool(caught) or time.monotonic() > ends_at
+        metrics, stop = agree(metrics, stop, step, last)
         nets.whole = True
-        yield step, metrics
+        if RANK == 0:
+            yield step, metrics, stop
 
 
 def finite(metrics):
@@ -928,7 +915,6 @@ def check_finite(metrics, args, step, rows):
     """End with one line, after the metrics are saved, if a loss is not finite."""
     if not finite(metrics):
         save_metrics(Path(args.out), rows)
-        draw_curves(Path(args.out), rows)
         fail(
             f"no finite loss at step {step}: try a lower --lr or --precision fp32, resumed or in a new --out"
         )
@@ -958,7 +944,7 @@ def held(args, saved):
         files = run_files(out)
         if files and not (saved and saved["path"].parent.samefile(out)):
             fail(f"{out} holds a run ({', '.join(files)}): take another --out, or --resume its checkpoint.pt")
-        if saved and saved["path"].stat().st_mtime_ns != saved["changed"]:
+        if saved and load_checkpoint(saved["path"]).get("step") != saved.get("step"):
             fail(
                 f"another process went on with {saved['path']} meanwhile: the same command goes on from there"
             )
@@ -1005,8 +991,8 @@ def set_up(args, saved):
     for file in Path(args.out).glob("samples/epoch_*[0-9].png"):
         if epoch_of(file) > epoch:  # by a process that was killed: it is drawn again
             file.unlink(missing_ok=True)
-    print("; ".join(f"{name} {value}" for name, value in args.used.items()), end="")
-    print(f"; into {args.out} from step {step}", flush=True)
+    used = "; ".join(f"{name} {value}" for name, value in args.used.items())
+    print(f"{used}; into {args.out} from step {step}", flush=True)
     return arrays, nets, step, saved["rows"] if saved else []
 
 
@@ -1023,14 +1009,14 @@ def train(args, saved):
     last = last_step(args, steps_per_epoch)
     fixed_z = draw_z(args, GRID**2)
     step = start
-    bar = tqdm(training_steps(nets, args, arrays, start, last), SCRIPT, last, initial=start)
-    with logger(args, start) as log, signals_noted() as caught, bar:
+    caught = []
+    steps = training_steps(nets, args, arrays, start, last, ends_at, caught)
+    bar = tqdm(steps, SCRIPT, last, initial=start, disable=RANK > 0)
+    with logger(args, start) as log, signals_noted(caught), bar:
         try:
-            for step, metrics in bar:
+            for step, metrics, stop in bar:
                 epoch = math.ceil(step / steps_per_epoch)
                 now = time.monotonic()
-                stop = step == last or bool(caught) or now > ends_at
-                metrics, stop = agree(metrics, stop, step, last)
                 log_now = stop or step % LOG_EVERY == 0
                 draw_now = stop or step % sample_every == 0
                 keep_now = args.keep_every and step % (args.keep_every * steps_per_epoch) == 0
@@ -1060,8 +1046,6 @@ def train(args, saved):
                     saved_at = now
                 if keep_now:
                     save_torch(out / f"models_{epoch:04d}.pth", models_of(args, nets))
-                if stop:
-                    break
         except BaseException:  # a mistake in a changed script, a closed terminal: save what is whole
             if step > start and nets.whole and finite(metrics):
                 with contextlib.suppress(Exception):
@@ -1069,18 +1053,8 @@ def train(args, saved):
                 with contextlib.suppress(SystemExit):  # where the disk is full
                     save(args, nets, step, rows)
             raise
-    finish(args, start, step, last, caught)
-
-
-def train_along(args, saved):
-    """What the processes after the first do: the same steps, and nothing else."""
-    arrays, nets, start, _ = set_up(args, saved)
-    last = last_step(args, len(arrays[0]) // args.batch_size)
-    with signals_noted() as caught:
-        for step, metrics in training_steps(nets, args, arrays, start, last):
-            metrics, stop = agree(metrics, bool(caught), step, last)
-            if stop:
-                break
+    if RANK == 0:
+        finish(args, start, step, last, caught)
 
 
 def finish(args, start, step, last, caught):
@@ -1119,7 +1093,6 @@ def flag_defaults(args):
 # --- shared: command line ---
 def load_checkpoint(path):
     """A checkpoint.pt or models.pth of this script, on the CPU; no code in it is run."""
-    changed = path.exists() and path.stat().st_mtime_ns
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         saved["config"] = {RENAMED.get(name, name): value for name, value in saved["config"].items()}
@@ -1132,7 +1105,7 @@ def load_checkpoint(path):
             f"{path} is no checkpoint of {SCRIPT}.py: {error}; "
             f"of a run its folder has {run_files(path.parent) or 'nothing'}"
         )
-    saved.update(path=path, changed=changed)
+    saved["path"] = path
     return saved
 
 
@@ -1148,11 +1121,6 @@ def amount(text):
     if not 0 <= float(text) < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is less than 0, or not finite")
     return float(text)
-
-
-def seed(text):
-    """Any whole number on the command line, as random generators take it."""
-    return int(text) % 2**63
 
 
 def fraction(text):
@@ -1184,7 +1152,7 @@ def parse(argv):
     add("--betas", type=fraction, nargs=2, help="Adam's (%(default)s)")
     add("--ema", type=fraction, help="highest decay of the generator's average; 0: none (%(default)s)")
     add("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images (%(default)s)")
-    add("--seed", type=seed, default=0, help="of all that is drawn by chance (%(default)s)")
+    add("--seed", type=int, default=0, help="of all that is drawn by chance (%(default)s)")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="(%(default)s)")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="(%(default)s)")
     add("--no-fused", action="store_true", help="PyTorch's operations even where gan_ops is installed")
@@ -1213,11 +1181,12 @@ def parse(argv):
         fail("--checkpoint is for --generate and --resume")
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
+    args.seed %= 2**63  # as random generators take it
     if args.logger and not args.generate and not importlib.util.find_spec(args.logger):
         fail(f"--logger {args.logger}: pip install {args.logger}")
-    for name in FIXED if saved else ():
-        kept = saved["config"].get(name, getattr(args, name))
-        if getattr(args, name) != kept:
+    for name in FIXED:
+        kept = parser.get_default(name)
+        if saved and getattr(args, name) != kept:
             fail(f"{path} was begun with --{name.replace('_', '-')} {kept}, which cannot be changed")
     return args, saved
 
@@ -1231,26 +1200,24 @@ def main(argv=None):
     if RANK > 0:
         sys.stdout = None  # the first process speaks for all
     try:
-        args, saved = parse(argv)
-        if args.generate:
-            generate(args, saved)
-        elif RANK == 0:
-            with held(args, saved):
+        try:
+            args, saved = parse(argv)
+            if args.generate:
+                generate(args, saved)
+            elif RANK == 0:
+                with held(args, saved):
+                    train(args, saved)
+            else:
                 train(args, saved)
-        else:
-            train_along(args, saved)
-    except torch.cuda.OutOfMemoryError as error:
-        line = f"error: {error} (see --batch-size, --width, --device cpu)".replace("\n", " ")
-    except KeyboardInterrupt:
-        line = "error: interrupted (KeyboardInterrupt)"
+        except torch.cuda.OutOfMemoryError as error:
+            fail(f"{error} (see --batch-size, --width, --device cpu)")
+        except KeyboardInterrupt:
+            fail("interrupted (KeyboardInterrupt)")
     except SystemExit as end:
-        if not isinstance(end.code, str):
-            raise
-        line = end.code
-    else:
-        return
-    print(line, file=sys.stderr)
-    raise SystemExit(2)
+        if isinstance(end.code, str):  # by fail()
+            print(end.code, file=sys.stderr)
+            end.code = 2
+        raise
 
 
 if __name__ == "__main__":
