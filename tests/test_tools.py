@@ -180,9 +180,9 @@ def test_one_table_of_runs_of_all_scripts(runs, few, untrained, tmp_path, capsys
     for kind, run in runs.items():
         figures = found[str(run)]
         read = {name for name in figures if name.startswith("share of ")}
-        read |= {"classifier", "conditional_accuracy", "lowest_class_accuracy"}
+        read |= {"classifier", "precision", "recall", "conditional_accuracy", "lowest_class_accuracy"}
         assert set(figures) - read == both | levels.get(kind, {"swd 28", "swd 14"})
-        assert len(set(figures) & read) == dict(cgan_residual=13, dense=6, style=6).get(kind, 0)
+        assert len(set(figures) & read) == dict(cgan_residual=15, dense=8, style=8).get(kind, 0)
         assert all(np.isfinite(value) for pair in figures.values() for value in pair if value is not None)
         shares = [pair for name, pair in figures.items() if name.startswith("share of ")]
         assert not shares or np.sum(shares, axis=0).tolist() == pytest.approx([1, 1])
