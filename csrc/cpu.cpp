@@ -1,13 +1,8 @@
 // The CPU kernels, on ATen's vectors; setup.py compiles this file alone for AVX2, where the processor is an x86 one.
+// The formulas, and the names in them, are at the top of cuda_kernels.h.
 //
-// Memory is a table of rows, as params.h has it. A kernel goes down columns of W values of a block of rows, with what
-// belongs to these columns in registers. Large planes are cut into columns W wide that lie below each other, and are
-// taken channel by channel through both passes, so that the second finds in cache what the first has read; else all
-// rows are read before the second pass begins.
-//
-// Statistics are sums of distances from a channel's first value: in float over short runs of rows, in double over the
-// runs. Runs and their order follow from the sizes alone, so that neither a second call nor another number of threads
-// changes a bit.
+// Sums are in float over a part's rows, in double over the parts, whose order follows from the sizes alone: neither a
+// second call nor another number of threads changes a bit.
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
@@ -22,20 +17,20 @@
 namespace gan_ops {
 namespace {
 
-using V = at::vec::Vectorized<float>;
-using Pack = std::array<V, 2>;
-constexpr int W = 2 * V::size();  // values of a column in a row
+using Vec = at::vec::Vectorized<float>;
+using Line = std::array<Vec, 2>;
+constexpr int64_t W = 2 * Vec::size();  // values of a line
 using Full = std::integral_constant<int64_t, W>;  // a count of values that is known when the loop is compiled
 
 // Fetches what lies `ahead` too, which comes next, since the processor foresees only long stretches.
 template <typename T>
-C10_ALWAYS_INLINE Pack load(const T* from, int64_t count = W, int64_t ahead = 0) {
+C10_ALWAYS_INLINE Line load(const T* from, int64_t count = W, int64_t ahead = 0) {
 #ifdef __GNUC__
-  if (ahead) __builtin_prefetch(from + ahead);
+  if (ahead) __builtin_prefetch(from + ahead, 0, 2);
 #endif
   if constexpr (std::is_same_v<T, float>) {
-    const int64_t low = std::min<int64_t>(count, W / 2);
-    return {V::loadu(from, low), V::loadu(from + low, count - low)};
+    const int64_t low = std::min(count, W / 2);
+    return {Vec::loadu(from, low), Vec::loadu(from + low, count - low)};
   } else {
     auto [low, high] = at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(from, count));
     return {low, high};
@@ -43,205 +38,227 @@ C10_ALWAYS_INLINE Pack load(const T* from, int64_t count = W, int64_t ahead = 0)
 }
 
 template <typename T>
-C10_ALWAYS_INLINE void store(T* to, const Pack& values, int64_t count = W) {
+C10_ALWAYS_INLINE void store(T* to, const Line& line, int64_t count = W) {
   if constexpr (std::is_same_v<T, float>) {
-    const int64_t low = std::min<int64_t>(count, W / 2);
-    values[0].store(to, low), values[1].store(to + low, count - low);
+    const int64_t low = std::min(count, W / 2);
+    line[0].store(to, low);
+    line[1].store(to + low, count - low);
   } else {
-    at::vec::convert_from_float<T>(values[0], values[1]).store(to, count);
+    at::vec::convert_from_float<T>(line[0], line[1]).store(to, count);
   }
 }
 
-// 0 in the lanes from `count` on, for vector k of a pack.
-C10_ALWAYS_INLINE V cut(V value, int k, int64_t count) {
-  return count == W ? value : V::blendv(V(0), value, V::arange(float(k * W / 2), 1) < V(float(count)));
-}
+// v, times slope where `test` is not positive (at 0 and NaN too, as in PyTorch).
+C10_ALWAYS_INLINE Vec leaky(Vec v, Vec test, Vec slope) { return Vec::blendv(v * slope, v, test > Vec(0)); }
 
-// value, times slope where `test` is not positive (at 0 and NaN too, as in PyTorch).
-C10_ALWAYS_INLINE V leaky(V value, V test, V slope) { return V::blendv(value * slope, value, test > V(0)); }
-
-// A piece of the table: `height` rows, `stride` apart, of one column.
+// What a loop goes down: lines of W values, or of fewer, which lie in neighbouring rows, or are cut from a large plane.
 struct Column {
-  int64_t at, half_at, half;            // offsets in a tensor, and in the half of it that is number `half`
-  int64_t entry;                        // of its first value in Numbers
-  int64_t height, stride, half_stride, ahead;
+  int64_t height, entry, partial;  // lines; where the first value's numbers are, and its sums in this part
+  int64_t at, half, half_at;       // where the first value is: in x and dx; in y and dy, in which half of them
 };
 
-struct Layout {
-  int64_t rows, c, hw, repeat, columns;  // a channel has `repeat` entries in Numbers, of columns in all
-  int64_t each, runs;                    // rows of a run of values that are summed up in float
-  bool split, planes;                    // in halves; large ones
+// How the table of params.h is worked on. All of `numbers` are of a channel, side by side.
+struct Geometry {
+  int64_t rows, c, hw;          // rows, channels, and values of a channel in a row
+  int64_t length;               // of a row of y, or of its half
+  bool large;                   // planes: threads share the channels, not the rows
+  int64_t group;                // channels that go through both passes before the next do, and stay in cache
+  int64_t chunk, parts;         // rows of a part; parts, of which the last may have fewer
+  int64_t block;                // rows of a column, where planes are small
+  int64_t stride, half_stride, ahead;  // from line to line, in x and in a half; from a line to the one to fetch
+  int64_t span, padded;         // numbers of a channel; of all, with room for a line behind the last
 
-  Layout(const Shape& s, bool split) : rows(s.n), c(s.c), hw(s.hw), split(split), planes(s.hw >= 64) {
-    repeat = planes ? W : hw, columns = c * repeat;
-    each = planes ? std::max<int64_t>(1, 8192 / hw) : std::clamp<int64_t>(rows / 64, 32, 512);
-    runs = (rows + each - 1) / each;
+  Geometry(const Shape& s, bool split) : rows(s.n), c(s.c), hw(s.hw), large(s.hw >= 64) {
+    length = split ? c * hw / 2 : c * hw;
+    group = large ? std::max<int64_t>(1, 2048 / hw) : c;  // long enough stretches of memory
+    chunk = large ? std::max<int64_t>(1, 8192 / hw) : std::clamp<int64_t>(rows / 64, 32, 512);
+    parts = (rows + chunk - 1) / chunk;
+    block = std::clamp<int64_t>(1024 / (c * hw), 4, 16);
+    stride = large ? W : c * hw;
+    half_stride = large ? W : length;
+    ahead = large ? 16 * W : block * length;
+    span = large ? W : hw;
+    padded = c * span + W;
   }
 
-  // f(column, count) for the values of channels [first, last) in a run; of all channels, where planes are small.
-  template <typename F>
-  void walk(int64_t run, int64_t first, int64_t last, F f) const {
-    const int64_t half = split ? c / 2 : c, length = half * hw, tall = std::clamp<int64_t>(1024 / columns, 4, 16);
-    const int64_t begin = run * each, end = std::min(rows, begin + each);
-    for (int64_t m = begin; planes && m < end; ++m) {
+  // f(column, values of a line) for channels [first, last) of a part.
+  void walk(int64_t part, int64_t first, int64_t last, auto f) const {
+    const int64_t begin = part * chunk, end = std::min(rows, begin + chunk);
+    large ? walk_planes(part, begin, end, first, last, f) : walk_rows(part, begin, end, f);
+  }
+  void walk_planes(int64_t part, int64_t begin, int64_t end, int64_t first, int64_t last, auto f) const {
+    const int64_t whole = hw / W * W;
+    for (int64_t row = begin; row < end; ++row) {
       for (int64_t i = first; i < last; ++i) {
-        const int64_t second = i >= half, whole = hw / W * W;
-        Column column{(m * c + i) * hw, (m * half + i - second * half) * hw, second, i * W, hw / W, W, W, 16 * W};
-        f(column, Full{});
-        column.at += whole, column.half_at += whole, column.height = 1;
-        if (whole < hw) f(column, hw - whole);
-      }
-    }
-    for (int64_t m = begin; !planes && m < end; m += tall) {
-      for (int64_t i = 0; i < columns; i += i % length + W < length ? W : length - i % length) {
-        const int64_t height = std::min(tall, end - m), at = m * length + i % length, count = length - i % length;
-        const Column column{m * columns + i, at, i / length, i, height, columns, length, tall * length};
-        count < W ? f(column, count) : f(column, Full{});
+        const int64_t entry = i * W, partial = part * padded + entry, at = (row * c + i) * hw;
+        const int64_t half = i * hw >= length, half_at = (row - half) * length + i * hw;
+        f(Column{hw / W, entry, partial, at, half, half_at}, Full{});
+        if (whole < hw) f(Column{1, entry, partial, at + whole, half, half_at + whole}, hw - whole);
       }
     }
   }
-
-  // reduce(run, channels), settle(channels) and apply(run, channels) over threads, in that order for each channel. The
-  // last pass begins with the rows that a thread has just left.
-  template <typename Reduce, typename Settle, typename Apply>
-  void schedule(bool reduces, Reduce reduce, Settle settle, Apply apply) const {
-    const auto over = [](int64_t count, int64_t values, auto f) {  // a thread is worth starting for 16384 values
-      at::parallel_for(0, count, std::max<int64_t>(1, 16384 / values), f);
-    };
-    if (planes) {
-      return over(c, rows * hw, [&](int64_t begin, int64_t end) {
-        for (int64_t first = begin, last; first < end; first = last) {
-          last = std::min(end, first + std::max<int64_t>(1, 2048 / hw));  // long enough stretches of memory
-          for (int64_t run = 0; reduces && run < runs; ++run) reduce(run, first, last);
-          if (reduces) settle(first, last);
-          for (int64_t run = runs - 1; run >= 0; --run) apply(run, first, last);
+  void walk_rows(int64_t part, int64_t begin, int64_t end, auto f) const {
+    const int64_t width = c * hw, half_width = length, sums = part * padded, most = block;
+    for (int64_t row = begin; row < end; row += most) {
+      const int64_t height = std::min(most, end - row);
+      for (int64_t half = 0; half * half_width < width; ++half) {
+        for (int64_t i = 0; i < half_width; i += W) {
+          const int64_t entry = half * half_width + i;
+          const Column column{height, entry, sums + entry, row * width + entry, half, row * half_width + i};
+          i + W <= half_width ? f(column, Full{}) : f(column, half_width - i);
         }
-      });
+      }
     }
-    over(reduces ? runs : 0, each * columns, [&](int64_t begin, int64_t end) {
-      for (int64_t run = begin; run < end; ++run) reduce(run, 0, c);
-    });
-    over(reduces ? c : 0, 4 * runs, settle);
-    over(runs, each * columns, [&](int64_t begin, int64_t end) {
-      for (int64_t run = end - 1; run >= begin; --run) apply(run, 0, c);
-    });
   }
 };
 
-// A number for each channel, `repeat` times, of one run or of each; with room for a whole vector at the end.
-struct Numbers {
-  const int64_t repeat, padded;
-  std::vector<float> all;
+// What a loop down a column needs, in registers. FIRST: LeakyReLU comes first. k: the half of a line.
+template <typename T, bool FIRST>
+struct Lines {
+  const T *x_at, *dy_at;
+  int64_t stride, half_stride, ahead;
+  Line mean, scale, bias;
+  Vec slope;
 
-  explicit Numbers(const Layout& l, int64_t runs = 1) : repeat(l.repeat), padded(l.columns + W), all(runs * padded) {}
-
-  float* at(int64_t entry, int64_t run = 0) { return &all[run * padded + entry]; }
-  void set(int64_t i, double value) { std::fill_n(at(i * repeat), repeat, float(value)); }
-  double sum(int64_t i) {
-    double total = 0;
-    for (size_t k = i * repeat; k < all.size(); k += padded) total = std::accumulate(&all[k], &all[k] + repeat, total);
-    return total;
+  C10_ALWAYS_INLINE Line x(int64_t r, auto count) const { return load(x_at + r * stride, count, ahead); }
+  C10_ALWAYS_INLINE Line dy(int64_t r, auto count) const { return load(dy_at + r * half_stride, count, ahead); }
+  C10_ALWAYS_INLINE Vec distance(int k, Vec x) const { return (FIRST ? leaky(x, x, slope) : x) - mean[k]; }
+  C10_ALWAYS_INLINE Vec normal(int k, Vec distance) const { return at::vec::fmadd(distance, scale[k], bias[k]); }
+  C10_ALWAYS_INLINE Vec y(int k, Vec x) const {
+    const Vec value = normal(k, distance(k, x));
+    return FIRST ? value : leaky(value, value, slope);
   }
+  C10_ALWAYS_INLINE Vec g(int k, Vec dy, Vec dist) const { return FIRST ? dy : leaky(dy, normal(k, dist), slope); }
 };
 
-// One call, of either way. FIRST: LeakyReLU comes first.
-template <typename T, bool FIRST, class Call>
-void run(const Call& call) {
-  constexpr bool BACK = std::is_same_v<Call, Backward>;
-  const Layout l(call.shape, call.halves[1]);
-  const V slope_(float(call.slope));
-  const auto x = static_cast<const T*>(call.x);
-  Numbers mean(l), scale(l), bias(l), level(l, BACK), tilt(l, BACK), sums(l, l.runs), products(l, l.runs);
+template <typename T, bool FIRST, class Call, bool BACK = std::is_same_v<Call, Backward>>
+struct Pass {
+  using Numbers = std::vector<float>;
+  const Call& call;
+  const Geometry g{call.shape, call.halves[1] != nullptr};
+  Numbers mean = Numbers(g.padded), scale = mean, bias = mean, via_mean = mean, via_var = mean;
+  Numbers sums = Numbers(g.parts * g.padded), products = sums;
+  const Vec slope{float(call.slope)};
 
-  // What a channel is normalised with. Forward and backward must agree on the sign of what LeakyReLU sees.
-  auto set_norm = [&](int64_t i) {
-    mean.set(i, call.mean[i]), scale.set(i, call.weight[i] * call.rstd[i]), bias.set(i, call.bias[i]);
-  };
-  // Down a column, use(k, x, distance from the mean, y) for vector k of each row, and what it returns to rows of `to`,
-  // if there are any; in backward y is the gradient of what was normalised.
-  auto down = [&](const Column& column, auto count, T* to, int64_t stride, auto use) C10_ALWAYS_INLINE_ATTRIBUTE {
-    const auto centre = load(mean.at(column.entry)), factor = load(scale.at(column.entry));
-    const auto shift = load(bias.at(column.entry));
-    const auto half = static_cast<const T*>(call.halves[column.half]) + column.half_at;
-    const V slope = slope_;
+  C10_ALWAYS_INLINE Lines<T, FIRST> lines_of(const Column& column) {
+    const auto x = static_cast<const T*>(call.x), half = static_cast<const T*>(call.halves[column.half]);
+    return {x + column.at, half + column.half_at, g.stride, g.half_stride, g.ahead, load(&mean[column.entry]),
+            load(&scale[column.entry]), load(&bias[column.entry]), slope};
+  }
+
+  C10_ALWAYS_INLINE void reduce(const Column& column, auto count) {
+    const auto lines = lines_of(column);
+    Line sum = load(&sums[column.partial]), product = load(&products[column.partial]), dy;
     for (int64_t r = 0; r < column.height; ++r) {
-      const Pack v = load(x + column.at + r * column.stride, count, column.ahead);
-      Pack y;
-      if (BACK) y = load(half + r * column.half_stride, count, column.ahead);
+      const Line x = lines.x(r, count);
+      if (BACK) dy = lines.dy(r, count);
       for (int k = 0; k < 2; ++k) {
-        const V apart = (FIRST ? leaky(v[k], v[k], slope) : v[k]) - centre[k];
-        const V normal = at::vec::fmadd(apart, factor[k], shift[k]);
-        if (!BACK) y[k] = normal;
-        y[k] = use(k, v[k], apart, FIRST ? y[k] : leaky(y[k], normal, slope));
-      }
-      if (to) store(to + r * stride, y, count);
-    }
-  };
-  auto reduce = [&](int64_t run, int64_t first, int64_t last) {
-    l.walk(run, first, last, [&](const Column column, auto count) C10_ALWAYS_INLINE_ATTRIBUTE {
-      Pack sum = load(sums.at(column.entry, run)), product = load(products.at(column.entry, run));
-      down(column, count, nullptr, 0, [&](int k, V, V apart, V y) C10_ALWAYS_INLINE_ATTRIBUTE {
-        const V one = cut(BACK ? y : apart, k, count);
-        sum[k] = sum[k] + one, product[k] = at::vec::fmadd(one, cut(apart, k, count), product[k]);
-        return one;
-      });
-      store(sums.at(column.entry, run), sum), store(products.at(column.entry, run), product);
-    });
-  };
-  auto settle = [&](int64_t first, int64_t last) {
-    const double count = l.rows * l.hw;
-    for (int64_t i = first; i < last; ++i) {
-      const double sum = sums.sum(i), product = products.sum(i);
-      if constexpr (BACK) {
-        const double rstd = call.rstd[i], share = *scale.at(i * l.repeat) / count;
-        call.dbias[i] = sum, call.dweight[i] = product * rstd;
-        level.set(i, share * sum), tilt.set(i, share * product * rstd * rstd);
-      } else {
-        const double squares = std::max(product - sum * sum / count, 0.0);  // of distances from the mean
-        call.mean[i] = *mean.at(i * l.repeat) + sum / count, call.rstd[i] = 1 / std::sqrt(squares / count + call.eps);
-        if (call.running_mean) {
-          const double variance = squares / (call.biased ? count : count - 1);
-          call.running_mean[i] += call.momentum * (call.mean[i] - call.running_mean[i]);
-          call.running_var[i] += call.momentum * (variance - call.running_var[i]);
-        }
-        set_norm(i);
+        const Vec distance = lines.distance(k, x[k]), term = BACK ? lines.g(k, dy[k], distance) : distance;
+        sum[k] = sum[k] + term;
+        product[k] = at::vec::fmadd(term, distance, product[k]);
       }
     }
-  };
-  auto apply = [&](int64_t run, int64_t first, int64_t last) {
-    l.walk(run, first, last, [&](const Column column, auto count) C10_ALWAYS_INLINE_ATTRIBUTE {
-      if constexpr (BACK) {
-        const auto factor = load(scale.at(column.entry)), less = load(level.at(column.entry));
-        const auto slant = load(tilt.at(column.entry));
-        const bool training = call.training;
-        const V slope = slope_;
-        T* const dx = static_cast<T*>(call.dx) + column.at;
-        down(column, count, dx, column.stride, [&](int k, V v, V apart, V g) C10_ALWAYS_INLINE_ATTRIBUTE {
-          g = g * factor[k];
-          if (training) g = g - at::vec::fmadd(apart, slant[k], less[k]);
-          return FIRST ? leaky(g, v, slope) : g;
-        });
-      } else {
-        T* const out = static_cast<T*>(call.halves[column.half]) + column.half_at;
-        down(column, count, out, column.half_stride, [](int, V, V, V y) C10_ALWAYS_INLINE_ATTRIBUTE { return y; });
-      }
-    });
-  };
-  for (int64_t i = 0; i < l.c; ++i) {
-    const float value = x[i * l.hw];  // what forward sums up in training are distances from it
-    const bool known = BACK || !call.training;
-    if (known) set_norm(i);
-    if (!known && std::isfinite(value)) mean.set(i, FIRST && value <= 0 ? value * float(call.slope) : value);
+    store(&sums[column.partial], sum, count);
+    store(&products[column.partial], product, count);
   }
-  l.schedule(BACK || call.training, reduce, settle, apply);
-}
+
+  C10_ALWAYS_INLINE void apply(const Forward& f, const Column& column, auto count) {
+    const auto lines = lines_of(column);
+    T* const to = static_cast<T*>(f.halves[column.half]) + column.half_at;
+    for (int64_t r = 0; r < column.height; ++r) {
+      const Line x = lines.x(r, count);
+      store(to + r * lines.half_stride, Line{lines.y(0, x[0]), lines.y(1, x[1])}, count);
+    }
+  }
+
+  C10_ALWAYS_INLINE void apply(const Backward& b, const Column& column, auto count) {
+    const auto lines = lines_of(column);
+    const Line by_mean = load(&via_mean[column.entry]), by_var = load(&via_var[column.entry]);
+    T* const to = static_cast<T*>(b.dx) + column.at;
+    for (int64_t r = 0; r < column.height; ++r) {
+      const Line x = lines.x(r, count);
+      Line dx = lines.dy(r, count);
+      for (int k = 0; k < 2; ++k) {
+        const Vec distance = lines.distance(k, x[k]);
+        dx[k] = lines.g(k, dx[k], distance) * lines.scale[k];
+        if (b.training) dx[k] = dx[k] - at::vec::fmadd(distance, by_var[k], by_mean[k]);
+        if (FIRST) dx[k] = leaky(dx[k], x[k], lines.slope);
+      }
+      store(to + r * lines.stride, dx, count);
+    }
+  }
+
+  void set(Numbers& numbers, int64_t i, double value) { std::fill_n(&numbers[i * g.span], g.span, float(value)); }
+  double total(const Numbers& sums, int64_t i) {
+    double sum = 0;
+    for (size_t k = i * g.span; k < sums.size(); k += g.padded) sum = std::accumulate(&sums[k], &sums[k] + g.span, sum);
+    return sum;
+  }
+  void set_norm(int64_t i) {
+    set(mean, i, call.mean[i]);
+    set(scale, i, call.weight[i] * call.rstd[i]);
+    set(bias, i, call.bias[i]);
+  }
+  void settle(const Forward& f, int64_t i) {
+    const double count = g.rows * g.hw, sum = total(sums, i), product = total(products, i);
+    const double squares = std::max(product - sum * sum / count, 0.0);  // of distances from the mean
+    f.mean[i] = mean[i * g.span] + sum / count;
+    f.rstd[i] = 1 / std::sqrt(squares / count + f.eps);
+    set_norm(i);
+    if (!f.running_mean) return;
+    f.running_mean[i] += f.momentum * (f.mean[i] - f.running_mean[i]);
+    f.running_var[i] += f.momentum * (squares / (f.biased ? count : count - 1) - f.running_var[i]);
+  }
+  void settle(const Backward& b, int64_t i) {
+    const double sum = total(sums, i), product = total(products, i), rstd = b.rstd[i];
+    const double share = scale[i * g.span] / double(g.rows * g.hw);
+    b.dbias[i] = sum;
+    b.dweight[i] = product * rstd;
+    set(via_mean, i, share * sum);
+    set(via_var, i, share * product * rstd * rstd);
+  }
+
+  // How often there must be so many values for a thread to be worth starting.
+  static int64_t grain(int64_t values) { return std::max<int64_t>(1, 16384 / values); }
+
+  // Both passes over channels [first, last). The second begins with the rows that a thread has just left.
+  void run_group(int64_t first, int64_t last) {
+    const int64_t least = grain(g.chunk * (last - first) * g.hw);
+    auto reduced = [&](const Column& column, auto count) C10_ALWAYS_INLINE_ATTRIBUTE { reduce(column, count); };
+    auto applied = [&](const Column& column, auto count) C10_ALWAYS_INLINE_ATTRIBUTE { apply(call, column, count); };
+    if (BACK || call.training) {
+      at::parallel_for(0, g.parts, least, [&](int64_t begin, int64_t end) {
+        for (int64_t part = begin; part < end; ++part) g.walk(part, first, last, reduced);
+      });
+      at::parallel_for(first, last, grain(4 * g.parts), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) settle(call, i);
+      });
+    }
+    at::parallel_for(0, g.parts, least, [&](int64_t begin, int64_t end) {
+      for (int64_t part = end - 1; part >= begin; --part) g.walk(part, first, last, applied);
+    });
+  }
+
+  void run() {
+    for (int64_t i = 0; i < g.c; ++i) {
+      const float x = static_cast<const T*>(call.x)[i * g.hw];
+      if (BACK || !call.training) set_norm(i);
+      else if (std::isfinite(x)) set(mean, i, FIRST && x <= 0 ? x * float(call.slope) : x);  // the origin
+    }
+    if (!g.large) return run_group(0, g.c);
+    at::parallel_for(0, g.c, grain(g.rows * g.hw), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i += g.group) run_group(i, std::min(end, i + g.group));
+    });
+  }
+};
 
 }  // namespace
 
 template <class Call>
 void run_on_cpu(const Call& call) {
-  if (call.shape.type == Type::f32) return call.activate_first ? run<float, true>(call) : run<float, false>(call);
-  call.activate_first ? run<c10::BFloat16, true>(call) : run<c10::BFloat16, false>(call);
+  const bool first = call.activate_first;
+  if (call.shape.type == Type::f32) first ? Pass<float, true, Call>{call}.run() : Pass<float, false, Call>{call}.run();
+  else first ? Pass<c10::BFloat16, true, Call>{call}.run() : Pass<c10::BFloat16, false, Call>{call}.run();
 }
 template void run_on_cpu(const Forward&);
 template void run_on_cpu(const Backward&);

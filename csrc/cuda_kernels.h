@@ -1,6 +1,15 @@
 // The CUDA kernels. Whoever includes this has defined CUDA's own words before (__device__, threadIdx, __nv_bfloat16,
 // ...): nvcc's headers and cuda.cu, or tests/cuda_stand_in.h, with which the tests run them on a CPU.
 //
+// What they and cpu.cpp compute for a channel of `count` values x; scale is weight * rstd, via_mean and via_var are of
+// what reaches x through the statistics, and in brackets is what differs where LeakyReLU comes first:
+//   forward   distance = x - mean [leaky(x) - mean]   normal = distance * scale + bias   y = leaky(normal) [normal]
+//   training  mean = Σ x / count [Σ leaky(x) / count]   var = Σ distance² / count   rstd = 1 / sqrt(var + eps)
+//             running_mean and running_var move by momentum, to mean and var * count / (count - 1), or var if `biased`
+//   backward  g = dy, times slope where normal is not positive [dy]   dbias = Σ g   dweight = Σ g * distance * rstd
+//             dx = g * scale - (via_mean + distance * via_var) [the same, times slope where x is not positive]
+//   training  via_mean = scale * Σ g / count   via_var = scale * Σ g * distance * rstd² / count   (in evaluation 0)
+//
 // A tensor is a table of rows; a thread has one column of it, a vector of 16 bytes wide, and goes down the rows:
 //
 //                 span                 channels_last, 2-D: a row is a position, a vector has 4 or 8 channels, a span is
@@ -12,9 +21,9 @@
 //   rank 1   -> a b c d e f g h  row 3       `chunk` rows; the blocks below do the rest, and those beside it the other
 //               . . . . . . . .              channels (`groups`) or the rest of the same one (`pieces`)
 //
-// Statistics take two launches. `reduce` leaves two sums for each part of a channel in the workspace, and the part that
-// comes last adds them up, in an order of its own: there are no floating-point atomics, and equal calls give the same
-// bits. `apply` goes over the blocks in reverse, since the L2 cache holds what reduce has read last.
+// `reduce`, a launch of its own, sums up term and term * distance of each part of a channel. Term is g or, in forward,
+// the distance, there from the channel's first value (`origin`). The part that comes last adds them up, in an order of
+// its own: no floating-point atomics, the same bits again. `apply` goes over the blocks in reverse: L2 has the last.
 #pragma once
 #include <cstring>
 #include <type_traits>
@@ -34,9 +43,9 @@ __device__ inline void narrow(float v, __half& to) { to = __float2half_rn(v); }
 // A NaN takes the second way, and stays NaN. `test` decides: of a gradient, what was activated.
 __device__ inline float leaky(float v, float test, float slope) { return test > 0 ? v : v * slope; }
 
-// The normalised value. x - mean comes first: x * scale + shift would lose a small spread around a large mean. Forward
-// and backward must agree on its sign, so the fused multiplication is not left to the compiler.
-__device__ inline float affine(float apart, float scale, float bias) { return fmaf(apart, scale, bias); }
+// `normal`. The distance comes first: x * scale + shift would lose a small spread around a large mean. Forward and
+// backward must agree on the sign, so the fused multiplication is not left to the compiler.
+__device__ inline float affine(float distance, float scale, float bias) { return fmaf(distance, scale, bias); }
 
 // The naive way: a thread for each channel, value after value, in double. The tests hold the fast way against it, and
 // have its gradient. ------------------------------------------------------------------------------------------------
@@ -51,23 +60,23 @@ __global__ void naive_forward(Forward f) {
   const int64_t c = blockIdx.x * int64_t{blockDim.x} + threadIdx.x, half = f.shape.c / (f.halves[1] ? 2 : 1);
   const double count = f.shape.n * f.shape.hw;
   if (c >= f.shape.c) return;
-  double mean = f.training ? 0 : f.mean[c], variance = 0, rstd = f.rstd[c];
-  for (int pass = f.training ? 0 : 2; pass < 3; ++pass) {  // mean, variance, output
+  double mean = f.training ? 0 : f.mean[c], var = 0, rstd = f.rstd[c];
+  for (int pass = f.training ? 0 : 2; pass < 3; ++pass) {  // mean, var, y
     for (int64_t i = 0; i < count; ++i) {
-      const float v = widen(static_cast<const T*>(f.x)[place(f.shape, i, c, f.shape.c)]);
-      const double a = f.activate_first && !(v > 0) ? v * f.slope : v;
+      const float x = widen(static_cast<const T*>(f.x)[place(f.shape, i, c, f.shape.c)]);
+      const double a = f.activate_first && !(x > 0) ? x * f.slope : x, distance = a - mean;
       if (pass == 0) mean += a / count;
-      if (pass == 1) variance += (a - mean) * (a - mean) / count;
-      double y = (a - mean) * rstd * f.weight[c] + f.bias[c];
+      if (pass == 1) var += distance * distance / count;
+      double y = distance * rstd * f.weight[c] + f.bias[c];
       if (!f.activate_first && !(y > 0)) y *= f.slope;
       if (pass == 2) narrow(float(y), static_cast<T*>(f.halves[c / half])[place(f.shape, i, c % half, half)]);
     }
-    if (pass == 1) rstd = 1 / sqrt(variance + f.eps);
+    if (pass == 1) rstd = 1 / sqrt(var + f.eps);
   }
   f.mean[c] = mean, f.rstd[c] = rstd;
   if (!f.running_mean) return;
   f.running_mean[c] += f.momentum * (mean - f.running_mean[c]);
-  f.running_var[c] += f.momentum * (variance * (f.biased ? 1 : count / (count - 1)) - f.running_var[c]);
+  f.running_var[c] += f.momentum * (var * (f.biased ? 1 : count / (count - 1)) - f.running_var[c]);
 }
 
 // The fast way ------------------------------------------------------------------------------------------------------
@@ -75,17 +84,13 @@ __global__ void naive_forward(Forward f) {
 // What one load brings, in words: 16-bit elements apart would occupy a register each.
 template <typename T, int V>
 struct alignas(sizeof(T) * V) Vector {
-  uint32_t words[sizeof(T) * V / 4];
-};
-template <typename T>
-struct Vector<T, 1> {
-  T value;
+  std::conditional_t<V == 1, T, uint32_t> words[V == 1 ? 1 : sizeof(T) * V / 4];
 };
 
 template <typename T, int V>
 __device__ void unpack(const Vector<T, V>& from, float (&to)[V]) {
   if constexpr (V == 1) {
-    to[0] = widen(from.value);
+    to[0] = widen(from.words[0]);
   } else if constexpr (sizeof(T) == 4) {
     memcpy(to, from.words, sizeof to);
   } else {
@@ -99,7 +104,7 @@ __device__ void unpack(const Vector<T, V>& from, float (&to)[V]) {
 template <typename T, int V>
 __device__ void pack(const float (&from)[V], Vector<T, V>& to) {
   if constexpr (V == 1) {
-    narrow(from[0], to.value);
+    narrow(from[0], to.words[0]);
   } else if constexpr (sizeof(T) == 4) {
     memcpy(to.words, from, sizeof from);
   } else {
@@ -115,9 +120,6 @@ struct Place {
   int64_t row, half_row, at, half_at;  // vectors of a row; its column in the block's first: of a tensor, of a half
   bool second;                         // of the halves
 
-  template <typename P>
-  using Vectors = std::conditional_t<std::is_const_v<P>, const Vector<T, V>, Vector<T, V>>;
-
   __device__ Place(const Geometry& g, bool split, int block) : row(g.row), half_row(split ? g.row / 2 : g.row) {
     group = block % g.groups, part = block / g.groups;
     const int x = threadIdx.x % g.width, channels = g.width / g.span, inner = part % g.pieces * g.span + x % g.span;
@@ -131,13 +133,6 @@ struct Place {
     rows = inside ? static_cast<int>(g.rows - first < g.chunk ? g.rows - first : g.chunk) : 0;
     second = column >= half_row;
     at = first * row + column, half_at = first * half_row + column - (second ? half_row : 0);
-  }
-
-  template <typename P>
-  __device__ auto* in(P* tensor) const { return static_cast<Vectors<P>*>(tensor) + at; }
-  template <typename P>
-  __device__ auto* in_half(P* const (&halves)[2]) const {
-    return static_cast<Vectors<P>*>(second ? halves[1] : halves[0]) + half_at;
   }
 };
 
@@ -154,8 +149,7 @@ __device__ void add_up(const float (&sums)[N], const P& p, int channels, float (
   __syncthreads();
 }
 
-// Adds up two sums for each of the thread's channels over all blocks: true in the block of a group that comes last, for
-// which `shared` has the result.
+// The same over all blocks, two sums a channel: true in the block of a group that comes last, whose `shared` has them.
 template <int LANES, class P>
 __device__ bool add_up_all(float (&sums)[2 * LANES], const P& p, const Geometry& g, float (*shared)[kThreads]) {
   __shared__ bool last;
@@ -181,11 +175,10 @@ __device__ bool add_up_all(float (&sums)[2 * LANES], const P& p, const Geometry&
   return true;
 }
 
-// The value of channel c in the first row: statistics are sums of differences from it, which lose little unless it lies
-// very many deviations from the mean.
-template <typename T, bool FIRST, class Work>
-__device__ float origin_of(const Work& w, int c) {
-  const float v = widen(static_cast<const T*>(w.x)[c * w.shape.hw]), a = FIRST ? leaky(v, v, w.slope) : v;
+// Channel c's first value: sums of distances from it lose little unless it lies very many deviations from the mean.
+template <typename T, bool FIRST, class Call>
+__device__ float origin_of(const Call& call, int c) {
+  const float x = widen(static_cast<const T*>(call.x)[c * call.shape.hw]), a = FIRST ? leaky(x, x, call.slope) : x;
   return isfinite(a) ? a : 0;
 }
 
@@ -195,44 +188,45 @@ struct Norm {
   float mean[LANES] = {}, scale[LANES] = {}, bias[LANES] = {};
 };
 
-// Down the thread's column, use(x, distances from the mean, y), a vector of each; in backward y is the gradient of what
-// was normalised. FIRST: LeakyReLU comes first. APPLIES: what becomes of y is written, to the output or dx; else, in
-// forward, the mean is not known yet, and distances are from the origin.
-template <bool FIRST, bool APPLIES, typename T, int V, int LANES, class Work, class Use>
-__device__ void down(const Work& w, const Place<T, V, LANES>& p, Norm<LANES>& norm, const Use& use) {
-  constexpr bool BACK = std::is_same_v<Work, Backward>, known = APPLIES || BACK;
-  const auto* const x = p.in(w.x);
-  auto* const half = p.in_half(w.halves);
+// Down the thread's column, use(x, distance, y), a vector of each; in backward y is g. FIRST: LeakyReLU comes first.
+// APPLIES: what becomes of y is written, to the output or dx; else, in forward, distances are from the origin.
+template <bool FIRST, bool APPLIES, typename T, int V, int LANES, class Call, class Use>
+__device__ void down(const Call& call, const Place<T, V, LANES>& p, Norm<LANES>& norm, const Use& use) {
+  constexpr bool BACK = std::is_same_v<Call, Backward>, known = APPLIES || BACK;
+  using Values = Vector<T, V>;
+  const auto* const source = static_cast<const Values*>(call.x) + p.at;
+  auto* const half = p.second ? call.halves[1] : call.halves[0];
+  const auto* const dy = static_cast<const Values*>(half) + p.half_at;
+  Values* to;
+  if constexpr (BACK) to = static_cast<Values*>(call.dx) + p.at;
+  if constexpr (!BACK) to = static_cast<Values*>(half) + p.half_at;
   const int row = static_cast<int>(p.row), half_row = static_cast<int>(p.half_row), to_row = BACK ? row : half_row;
-  Vector<T, V>* to;
-  if constexpr (BACK) to = p.in(w.dx);
-  if constexpr (!BACK) to = half;
-  const float slope = w.slope;
+  const float slope = call.slope;
   for (int r = p.rank; r < p.rows; r += kUnroll * p.ranks) {
-    Vector<T, V> held[kUnroll], grads[kUnroll];
+    Values held[kUnroll], grads[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {  // loads that do not wait for each other
       const int at = r + u * p.ranks;
-      if (at < p.rows) held[u] = x[at * row];
-      if (BACK && at < p.rows) grads[u] = half[at * half_row];
+      if (at < p.rows) held[u] = source[at * row];
+      if (BACK && at < p.rows) grads[u] = dy[at * half_row];
     }
     for (int i = 0, c = p.channel; i < LANES && r == p.rank; ++i, ++c) {  // behind the first loads, which take as long
-      norm.mean[i] = known ? w.mean[c] : origin_of<T, FIRST>(w, c);
-      if (known) norm.scale[i] = w.weight[c] * w.rstd[c], norm.bias[i] = w.bias[c];
+      norm.mean[i] = known ? call.mean[c] : origin_of<T, FIRST>(call, c);
+      if (known) norm.scale[i] = call.weight[c] * call.rstd[c], norm.bias[i] = call.bias[c];
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (r + u * p.ranks >= p.rows) break;
-      float v[V], apart[V], y[V];
-      unpack(held[u], v);
+      float x[V], distance[V], y[V];
+      unpack(held[u], x);
       if (BACK) unpack(grads[u], y);
       for (int j = 0; j < V; ++j) {
-        apart[j] = (FIRST ? leaky(v[j], v[j], slope) : v[j]) - norm.mean[j % LANES];
-        const float normal = affine(apart[j], norm.scale[j % LANES], norm.bias[j % LANES]);
+        distance[j] = (FIRST ? leaky(x[j], x[j], slope) : x[j]) - norm.mean[j % LANES];
+        const float normal = affine(distance[j], norm.scale[j % LANES], norm.bias[j % LANES]);
         if (!BACK) y[j] = normal;
         if (!FIRST) y[j] = leaky(y[j], normal, slope);
       }
-      use(v, apart, y);
+      use(x, distance, y);
       if (!APPLIES) continue;
       pack(y, held[u]);
       to[(r + u * p.ranks) * to_row] = held[u];
@@ -240,103 +234,99 @@ __device__ void down(const Work& w, const Place<T, V, LANES>& p, Norm<LANES>& no
   }
 }
 
-// Mean and 1/deviation of channel c, and running statistics, from the sums of differences and of their squares.
 template <typename T, bool FIRST>
 __device__ void settle(const Forward& f, const Geometry&, int c, float sum, float product) {
-  const float count = static_cast<float>(f.shape.n * f.shape.hw), apart = sum / count;
-  const float mean = origin_of<T, FIRST>(f, c) + apart, rest = product - sum * apart, squares = rest < 0 ? 0 : rest;
+  const float count = static_cast<float>(f.shape.n * f.shape.hw), shift = sum / count;
+  const float mean = origin_of<T, FIRST>(f, c) + shift, rest = product - sum * shift, squares = rest < 0 ? 0 : rest;
   f.mean[c] = mean, f.rstd[c] = 1 / sqrtf(squares / count + float(f.eps));
   if (!f.running_mean) return;
   f.running_mean[c] += float(f.momentum) * (mean - f.running_mean[c]);
   f.running_var[c] += float(f.momentum) * (squares / (f.biased ? count : count - 1) - f.running_var[c]);
 }
 
-// dweight, dbias, and for dx what each value and each distance from the mean is to have less.
 template <typename T, bool FIRST>
 __device__ void settle(const Backward& b, const Geometry& g, int c, float sum, float product) {
-  const float own = b.rstd[c], factor = b.weight[c] * own / static_cast<float>(b.shape.n * b.shape.hw);
-  b.dweight[c] = product * own, b.dbias[c] = sum;
-  g.terms[c] = factor * sum, g.terms[g.padded + c] = factor * product * own * own;
+  const float rstd = b.rstd[c], share = b.weight[c] * rstd / static_cast<float>(b.shape.n * b.shape.hw);
+  b.dweight[c] = product * rstd, b.dbias[c] = sum;
+  g.via_mean[c] = share * sum, g.via_var[c] = share * product * rstd * rstd;
 }
 
-// Two sums for each channel, and what follows from them.
-template <typename T, int V, int LANES, bool FIRST, class Work>
-__global__ void __launch_bounds__(kThreads, kResident) reduce(Work w, Geometry g) {
-  constexpr bool BACK = std::is_same_v<Work, Backward>;
+template <typename T, int V, int LANES, bool FIRST, class Call>
+__global__ void __launch_bounds__(kThreads, kResident) reduce(Call call, Geometry g) {
+  constexpr bool BACK = std::is_same_v<Call, Backward>;
   __shared__ float shared[2 * LANES][kThreads];
-  const Place<T, V, LANES> p(g, w.halves[1], blockIdx.x);
+  const Place<T, V, LANES> p(g, call.halves[1], blockIdx.x);
   Norm<LANES> norm;
   float sums[2 * LANES] = {};
-  down<FIRST, false>(w, p, norm, [&](const float (&)[V], const float (&apart)[V], const float (&y)[V]) {
+  down<FIRST, false>(call, p, norm, [&](const float (&)[V], const float (&distance)[V], const float (&y)[V]) {
     for (int j = 0; j < V; ++j) {
-      const float one = BACK ? y[j] : apart[j];
-      sums[j % LANES] += one;
-      sums[LANES + j % LANES] = fmaf(one, apart[j], sums[LANES + j % LANES]);
+      const float term = BACK ? y[j] : distance[j];
+      sums[j % LANES] += term;
+      sums[LANES + j % LANES] = fmaf(term, distance[j], sums[LANES + j % LANES]);
     }
   });
   if (!add_up_all<LANES>(sums, p, g, shared)) return;
   const int channels = g.width / g.span * LANES;
   for (int i = threadIdx.x; i < channels && p.group * channels + i < g.c; i += blockDim.x) {
     const float sum = shared[i % LANES][i / LANES], product = shared[LANES + i % LANES][i / LANES];
-    settle<T, FIRST>(w, g, p.group * channels + i, sum, product);
+    settle<T, FIRST>(call, g, p.group * channels + i, sum, product);
   }
 }
 
-// The output or its halves; in backward dx.
-template <typename T, int V, int LANES, bool FIRST, class Work>
-__global__ void __launch_bounds__(kThreads, kResident) apply(Work w, Geometry g) {
-  constexpr bool BACK = std::is_same_v<Work, Backward>;
-  const Place<T, V, LANES> p(g, w.halves[1], gridDim.x - 1 - blockIdx.x);
+template <typename T, int V, int LANES, bool FIRST, class Call>
+__global__ void __launch_bounds__(kThreads, kResident) apply(Call call, Geometry g) {
+  constexpr bool BACK = std::is_same_v<Call, Backward>;
+  const Place<T, V, LANES> p(g, call.halves[1], gridDim.x - 1 - blockIdx.x);
   Norm<LANES> norm;
-  float level[LANES] = {}, tilt[LANES] = {};
-  for (int i = 0; BACK && w.training && i < LANES && p.rows > 0; ++i) {
-    level[i] = g.terms[p.channel + i], tilt[i] = g.terms[g.padded + p.channel + i];
+  float via_mean[LANES] = {}, via_var[LANES] = {};
+  for (int i = 0; BACK && call.training && i < LANES && p.rows > 0; ++i) {
+    via_mean[i] = g.via_mean[p.channel + i], via_var[i] = g.via_var[p.channel + i];
   }
-  const float slope = w.slope;
-  down<FIRST, true>(w, p, norm, [&](const float (&v)[V], const float (&apart)[V], float (&d)[V]) {
+  const float slope = call.slope;
+  down<FIRST, true>(call, p, norm, [&](const float (&x)[V], const float (&distance)[V], float (&dx)[V]) {
     for (int j = 0; BACK && j < V; ++j) {
-      d[j] *= norm.scale[j % LANES];
-      if (w.training) d[j] -= fmaf(apart[j], tilt[j % LANES], level[j % LANES]);
-      if (FIRST) d[j] = leaky(d[j], v[j], slope);
+      dx[j] *= norm.scale[j % LANES];  // it comes as g
+      if (call.training) dx[j] -= fmaf(distance[j], via_var[j % LANES], via_mean[j % LANES]);
+      if (FIRST) dx[j] = leaky(dx[j], x[j], slope);
     }
   });
 }
 
 // Choice ------------------------------------------------------------------------------------------------------------
 
-template <typename T, int V, int LANES, class Work>
-auto kernel_in(const Work& work, bool reduces) {
-  if (reduces) return work.activate_first ? reduce<T, V, LANES, true, Work> : reduce<T, V, LANES, false, Work>;
-  return work.activate_first ? apply<T, V, LANES, true, Work> : apply<T, V, LANES, false, Work>;
+template <typename T, int V, int LANES, class Call>
+auto kernel_in(const Call& call, bool reduces) {
+  if (reduces) return call.activate_first ? reduce<T, V, LANES, true, Call> : reduce<T, V, LANES, false, Call>;
+  return call.activate_first ? apply<T, V, LANES, true, Call> : apply<T, V, LANES, false, Call>;
 }
 
-template <typename T, class Work>
-auto kernel_of(const Work& work, int vector, bool reduces) {
+template <typename T, class Call>
+auto kernel_of(const Call& call, int vector, bool reduces) {
   constexpr int full = 16 / sizeof(T);
-  if (vector == 1) return kernel_in<T, 1, 1>(work, reduces);
-  return work.shape.hw == 1 ? kernel_in<T, full, full>(work, reduces) : kernel_in<T, full, 1>(work, reduces);
+  if (vector == 1) return kernel_in<T, 1, 1>(call, reduces);
+  return call.shape.hw == 1 ? kernel_in<T, full, full>(call, reduces) : kernel_in<T, full, 1>(call, reduces);
 }
 
-template <class Work>
-auto kernel_for(const Work& work, int vector, bool reduces) {
-  if (work.shape.type == Type::f32) return kernel_of<float>(work, vector, reduces);
-  if (work.shape.type == Type::bf16) return kernel_of<__nv_bfloat16>(work, vector, reduces);
-  return kernel_of<__half>(work, vector, reduces);
+template <class Call>
+auto kernel_for(const Call& call, int vector, bool reduces) {
+  if (call.shape.type == Type::f32) return kernel_of<float>(call, vector, reduces);
+  if (call.shape.type == Type::bf16) return kernel_of<__nv_bfloat16>(call, vector, reduces);
+  return kernel_of<__half>(call, vector, reduces);
 }
 
 // Calls launch(kernel, blocks, threads, arguments) for all of a call, in order.
-template <class Work, class Launch>
-void run(const Work& work, Launch& launch) {
-  constexpr bool BACK = std::is_same_v<Work, Backward>;
+template <class Call, class Launch>
+void run(const Call& call, Launch& launch) {
+  constexpr bool BACK = std::is_same_v<Call, Backward>;
   const void* dx = nullptr;
-  if constexpr (BACK) dx = work.dx;
-  const int vector = vector_of(work.shape, work.halves[1], {work.halves[0], work.halves[1], work.x, dx});
-  Geometry g = plan(work.shape, vector, launch.processors, launch.threads);
+  if constexpr (BACK) dx = call.dx;
+  const int vector = vector_of(call.shape, call.halves[1], {call.halves[0], call.halves[1], call.x, dx});
+  Geometry g = plan(call.shape, vector, launch.processors, launch.threads);
   g.use(launch.allocate(g.bytes()));
   for (bool reduces : {true, false}) {
-    if (reduces && !BACK && !work.training) continue;  // mean and rstd are given
+    if (reduces && !BACK && !call.training) continue;  // mean and rstd are given
     if (reduces) launch.clear(g.done, g.groups * sizeof(unsigned));
-    launch(kernel_for(work, vector, reduces), g.blocks(), g.width * g.ranks, work, g);
+    launch(kernel_for(call, vector, reduces), g.blocks(), g.width * g.ranks, call, g);
   }
 }
 

@@ -27,13 +27,13 @@ struct Geometry {
   int padded;      // channels of all groups, the last of which may have some to spare
   unsigned* done;  // of each group, the parts that are summed up
   float* partials; // of each part, two sums of each channel
-  float* terms;    // of backward, two numbers of each channel that the second launch needs
+  float *via_mean, *via_var;  // of each channel, from backward's first launch to its second
 
   int blocks() const { return groups * parts; }
   int64_t bytes() const { return sizeof(float) * (groups + (2 + 2 * int64_t{parts}) * padded); }  // of workspace
   void use(void* workspace) {
-    done = static_cast<unsigned*>(workspace), terms = static_cast<float*>(workspace) + groups;
-    partials = terms + 2 * padded;
+    done = static_cast<unsigned*>(workspace), via_mean = static_cast<float*>(workspace) + groups;
+    via_var = via_mean + padded, partials = via_var + padded;
   }
 };
 
